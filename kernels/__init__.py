@@ -1,0 +1,5 @@
+"""F3's operations as pure functions on tensors; needs torch, and triton where the Triton backend is asked for."""
+
+from .rules import SGD, Adam, AdamW, Moments, Rule, new_moments
+
+__all__ = ["SGD", "Adam", "AdamW", "Moments", "Rule", "new_moments"]
