@@ -1,3 +1,34 @@
-"""F3: neural networks trained with no backward pass (arXiv 2304.13372)."""
+"""F3: neural networks trained with no backward pass (feed-forward with delayed feedback, arXiv 2304.13372).
+
+    import f3triton as f3
+    train, test = f3.load_dataset("digits")
+    model = f3.models.MLP([64, 500, 10], activation="tanh", feedback="trinomial")
+    f3.Trainer(model, loss="bce", optimizer=f3.Adam(lr=5e-4)).fit(train, epochs=50, test=test)
+"""
+
+from . import kernels, models
+from .data import Dataset, load_dataset
+from .exceptions import InputError
+from .feedback import Feedback
+from .kernels import SGD, Adam, AdamW
+from .layers import Block, Linear, Sequential, Stage
+from .trainer import Trainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Block",
+    "Dataset",
+    "Feedback",
+    "InputError",
+    "Linear",
+    "Sequential",
+    "Stage",
+    "Trainer",
+    "kernels",
+    "load_dataset",
+    "models",
+]

@@ -1,0 +1,5 @@
+"""Models: thin compositions of stages."""
+
+from .mlp import MLP
+
+__all__ = ["MLP"]

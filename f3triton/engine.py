@@ -1,0 +1,218 @@
+"""The step and the epoch: the one place that knows the order of things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import MemoryStore
+from .layers import Sequential, autocast
+from .rules import Updater, torch_optimizer
+from .signals import Signal
+
+
+class Data(Protocol):
+    """What the engine asks of a data set: inputs and targets by sample index, and nothing else."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inputs `[batch, ...]` of the samples `index [batch]`."""
+
+    def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Targets `[batch, C]`: one-hot for classes, values for regression."""
+
+
+class Learner(Protocol):
+    """A way to learn from one batch."""
+
+    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """Learn from the samples `index [batch]`; returns (mean loss, number of correct samples) as device scalars."""
+
+
+class F3Learner:
+    """F3 and its kin: every hidden stage is taught by `e B`, the last one by the exact gradient at its own output.
+
+    With a delayed signal (arXiv 2304.13372, alg. 1) a stage is updated while the forward pass goes through it. With a
+    current one (DFA) the forward pass goes through all stages once, its activations are kept, and then every stage is
+    updated from the error at the output. Runs without autograd, but for what is inside a `Block`.
+    """
+
+    def __init__(self, model: Sequential, data: Data, updater: Updater, loss: str, signal: Signal, scale: float | str) -> None:
+        self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
+        self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
+        self.scale = scale
+        self.dtype = next(model.parameters()).dtype
+        self.store: MemoryStore | None = None
+        if signal.delayed:
+            everything = torch.arange(len(data), device=updater.step.device)
+            self.store = MemoryStore(data.one_hot(everything, self.dtype))
+
+    @torch.no_grad()
+    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        updater, signal = self.updater, self.signal
+        updater.next_step(lr)
+        x, target = self.data.fetch(index, self.dtype), self.data.one_hot(index, self.dtype)  # [M, ...], [M, C]
+        scale = 1 / len(index) if self.scale == "mean" else self.scale
+        kept_stages = []
+        if signal.current:
+            for stage in self.hidden:
+                x, kept = stage.keep(x, updater)
+                kept_stages.append(kept)
+        elif signal.source == "none":
+            with autocast(x.device, updater.compute_dtype):
+                for stage in self.hidden:
+                    x = stage(x)
+        else:
+            error = target if self.store is None else self.store.read(index)  # [M, C]
+            if signal.mask:
+                error = error * target
+            for stage in self.hidden:
+                x = stage.learn(x, error, updater, scale)
+        a, kept = self.last.keep(x, updater)  # [M, C]
+        a = a.to(self.dtype)
+        loss, correct, gradient, error = updater.ops.output_step(a, target, self.loss, signal.source, signal.link)
+        self.last.finish(kept, gradient, updater)
+        if self.store is not None:
+            self.store.write(index, error)
+        elif signal.current:
+            if signal.mask:
+                error = error * target
+            for stage, kept in zip(self.hidden, kept_stages, strict=True):
+                stage.teach(kept, error, updater, scale)
+        return loss, correct
+
+
+class BackpropLearner:
+    """Backpropagation by autograd with torch's fused optimizer: what F3 is compared with."""
+
+    def __init__(self, model: Sequential, data: Data, rule: object, loss: str, compute_dtype: torch.dtype | None) -> None:
+        self.model, self.data, self.loss, self.compute_dtype = model, data, loss, compute_dtype
+        self.dtype = next(model.parameters()).dtype
+        self.optimizer = torch_optimizer(rule, [p for p in model.parameters() if p.requires_grad])
+
+    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        x, target = self.data.fetch(index, self.dtype), self.data.one_hot(index, self.dtype)  # [M, ...], [M, C]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(x.device, self.compute_dtype):
+            a = self.model(x)  # [M, C]
+        a = a.to(self.dtype)
+        loss = mean_loss(a, target, self.loss)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        a = a.detach()
+        return loss.detach(), (a.argmax(-1) == target.argmax(-1)).sum()
+
+
+def mean_loss(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """torch's own mean loss of the last stage's output `a [M, C]`, under autograd where that is on."""
+    if loss == "bce":
+        return functional.binary_cross_entropy_with_logits(a, target)
+    if loss == "cross-entropy":
+        return functional.cross_entropy(a, target)
+    return functional.mse_loss(a, target)
+
+
+def make_learner(
+    model: Sequential,
+    data: Data,
+    rule: object,
+    ops: ModuleType,
+    device: torch.device,
+    loss: str,
+    signal: Signal | None,
+    scale: float | str,
+    compute_dtype: torch.dtype | None,
+) -> Learner:
+    """The learner of a signal; backpropagation where it is None."""
+    if signal is None:
+        return BackpropLearner(model, data, rule, loss, compute_dtype)
+    taught = list(model.stages[-1].parameters()) if signal.source == "none" else list(model.parameters())
+    updater = Updater(rule, taught, ops, device, compute_dtype)
+    return F3Learner(model, data, updater, loss, signal, scale)
+
+
+@dataclass
+class EpochResult:
+    """One epoch's own figures, summed over its batches while it was learning."""
+
+    samples: int
+    loss: float
+    correct: int
+
+
+class Diverged(RuntimeError):
+    """The training loss became NaN or infinite; `step` counts from 1 over the whole run."""
+
+    def __init__(self, step: int, value: float) -> None:
+        super().__init__(f"the training loss became {value} at step {step}; try a smaller learning rate")
+        self.step = step
+
+
+CHECK_EVERY = 500  # steps between looks at the loss: one synchronisation each
+
+
+def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: object, step: int) -> tuple[EpochResult, int]:
+    """Learn from the batches in order; `lr_at(step)` gives the learning rate, `step` is the last step's number.
+
+    Losses stay on the device and are looked at every `CHECK_EVERY` steps. Raises Diverged where one is not finite.
+    """
+    samples, total, hits = 0, 0.0, 0
+    losses: list[Tensor] = []
+    corrects: list[Tensor] = []
+    sizes: list[int] = []
+
+    def collect() -> None:
+        nonlocal total, hits
+        if not losses:
+            return
+        values = torch.stack(losses).double().cpu()
+        finite = values.isfinite()
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise Diverged(step - len(losses) + first + 1, float(values[first]))
+        total += float(values @ torch.tensor(sizes, dtype=torch.float64))
+        hits += int(torch.stack(corrects).sum())
+        losses.clear(), corrects.clear(), sizes.clear()
+
+    for index in batches:
+        step += 1
+        loss, correct = learner.step(index, lr_at(step))
+        losses.append(loss)
+        corrects.append(correct)
+        sizes.append(len(index))
+        samples += len(index)
+        if len(losses) == CHECK_EVERY:
+            collect()
+    collect()
+    return EpochResult(samples, total / max(samples, 1), hits), step
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Data, loss: str, batch_size: int, device: torch.device, compute_dtype: torch.dtype | None = None
+) -> tuple[float, int]:
+    """(mean loss, number of correct samples) over a whole data set in its own order, in eval mode; sums are in float64."""
+    was_training = model.training
+    model.eval()
+    dtype = next(model.parameters()).dtype
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, len(data), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(data)), device=device)
+        x, target = data.fetch(index, dtype), data.one_hot(index, dtype)
+        with autocast(device, compute_dtype):
+            a = model(x)
+        a = a.to(dtype)
+        total += mean_loss(a, target, loss).double() * len(index)
+        hits += (a.argmax(-1) == target.argmax(-1)).sum()
+    model.train(was_training)
+    return float(total) / len(data), int(hits)

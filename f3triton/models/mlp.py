@@ -1,0 +1,43 @@
+"""The multilayer perceptron of the paper's experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..exceptions import InputError
+from ..feedback import Feedback
+from ..layers import Linear, Sequential
+
+
+class MLP(Sequential):
+    """Linear stages of the given `sizes [inputs, hidden, ..., outputs]`, `activation` after each hidden one.
+
+    `feedback` is the law of every hidden stage's feedback matrix (a word or a `Feedback`), or a list with a law or a
+    matrix `[outputs, hidden]` for each. The output is linear: its sigmoid or softmax belongs to the loss. Raises
+    InputError for fewer than two sizes or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "tanh",
+        feedback: str | Feedback | Sequence[str | Feedback | Tensor] = "trinomial",
+        bias: bool = True,
+    ) -> None:
+        sizes = list(sizes)
+        if len(sizes) < 2:
+            raise InputError(f"the sizes of an MLP are inputs, hidden layers, outputs: at least two numbers, got {sizes}")
+        hidden = len(sizes) - 2
+        laws = [feedback] * hidden if isinstance(feedback, str | Feedback) else list(feedback)
+        if len(laws) != hidden:
+            raise InputError(f"an MLP of {hidden} hidden layers needs {hidden} feedback laws or matrices, got {len(laws)}")
+        stages = [Linear(i, o, activation, law, bias) for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)]
+        super().__init__(*stages, Linear(sizes[-2], sizes[-1], bias=bias))
+        self.sizes, self.activation = sizes, self.stages[0].activation if hidden else activation
+        self.bias = bias
+
+    def config(self) -> dict[str, object]:
+        """What `load` needs to build the same network again."""
+        return {"model": "mlp", "sizes": self.sizes, "activation": self.activation, "bias": self.bias}

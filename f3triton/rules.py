@@ -1,0 +1,84 @@
+"""Update rules: settings by name, and the moments of a model's parameters. The arithmetic is in the kernels."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .exceptions import InputError
+from .kernels.rules import SGD, Adam, AdamW, Moments, Rule, new_moments
+from .words import check_word
+
+RULES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+DEFAULT_LR = {"sgd": 1e-2, "adam": 5e-4, "adamw": 5e-4}
+
+
+def make_rule(name: str | Rule, **settings: object) -> Rule:
+    """A rule from its word (`sgd`, `adam`, `adamw`) and settings; those that are None take their defaults.
+
+    Raises InputError for an unknown rule, a setting that it does not have, or a value out of range.
+    """
+    if not isinstance(name, str):
+        return name
+    name = check_word("optimizer", name, RULES)
+    given = {"lr": DEFAULT_LR[name], **{key: value for key, value in settings.items() if value is not None}}
+    for key in given:
+        if key not in RULES[name].__dataclass_fields__:
+            raise InputError(f"optimizer {name!r} has no {key!r}; it has: {', '.join(RULES[name].__dataclass_fields__)}")
+    try:
+        return RULES[name](**given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own fused optimizer with the same settings: what backpropagation is compared with."""
+    if isinstance(rule, SGD):
+        return torch.optim.SGD(
+            parameters,
+            lr=rule.lr,
+            momentum=rule.momentum,
+            nesterov=rule.nesterov,
+            weight_decay=rule.weight_decay,
+            fused=True,
+        )
+    optimizer = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
+    return optimizer(parameters, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+
+
+class Updater:
+    """A rule at work: the moments of every parameter, the step count, and the operations that do the arithmetic.
+
+    `lr` is the learning rate of the coming step; `step` counts steps from 1 and lives on the device (float32 scalar), so
+    that counting costs no synchronisation. `compute_dtype` is the type in which products are formed, None for the
+    parameters' own.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        parameters: list[nn.Parameter],
+        ops: ModuleType,
+        device: torch.device,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.rule, self.ops, self.compute_dtype = rule, ops, compute_dtype
+        self.lr: float = rule.lr
+        self.step = torch.zeros((), device=device)
+        self._moments: dict[nn.Parameter, Moments] = {p: new_moments(p, rule) for p in parameters if p.requires_grad}
+
+    def next_step(self, lr: float) -> None:
+        """Begin a step: its learning rate, and one more on the counter."""
+        self.lr = lr
+        self.step.add_(1)
+
+    def moments(self, parameter: nn.Parameter | None) -> Moments:
+        """The buffers of one parameter, in the rule's order; none for a missing bias."""
+        return () if parameter is None else self._moments[parameter]
+
+    @torch.no_grad()
+    def apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """One parameter's update from its gradient, in place."""
+        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step)

@@ -1,0 +1,246 @@
+"""Trainer: settings in, a trained model and its history out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import Dataset
+from .engine import Diverged, Learner, evaluate, make_learner, run_epoch
+from .exceptions import InputError
+from .kernels.dispatch import backend as kernel_backend
+from .kernels.rules import Adam, Rule
+from .layers import Linear, Sequential
+from .rules import make_rule
+from .schedules import make_schedule
+from .seeds import sample_order
+from .signals import resolve_loss, resolve_signal
+from .words import check_word
+
+PRECISIONS = ("float32", "float64", "tf32", "bfloat16")
+
+Record = dict[str, float | int | str]
+
+
+def pick_device(name: str) -> torch.device:
+    """The named torch device; `auto` is the first of CUDA (or ROCm) and the CPU. Raises InputError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); try 'auto' or 'cpu'") from None
+    return device
+
+
+@dataclass
+class FitResult:
+    """What `fit` did: one record an evaluation (`history`), epochs and steps done, and the seconds spent learning.
+
+    `status` is `completed`, or `interrupted` after Ctrl-C.
+    """
+
+    history: list[Record]
+    epochs: int
+    steps: int
+    learning_seconds: float
+    status: str = "completed"
+
+
+class Trainer:
+    """Trains a `Sequential` of stages, by F3 or one of its peers.
+
+    - `loss`: auto, bce, cross-entropy, mse; `optimizer`: a word or a rule such as `Adam(lr=5e-4)`
+    - `method`: f3, drtp, dfa, sdfa, bp, last-layer; `signal`, `link`, `mask_target`: see `signals.Signal`
+    - `hidden_scale`: a factor on the hidden layers' gradient, which is summed over the batch; `mean` divides by the batch
+    - `lr_schedule`: constant, cosine, linear, after `warmup_steps`; cosine, the default, removes much of what a stale
+      error costs, but the schedule needs to know the run's length: `fit` takes `epochs`
+    - `batch_size`, `eval_batch_size`, `seed` (sample order and feedback), `device`, `backend`, `precision`
+
+    Raises InputError for settings that are unknown or do not fit one another.
+    """
+
+    def __init__(
+        self,
+        model: Sequential,
+        loss: str = "auto",
+        optimizer: str | Rule | None = None,
+        *,
+        method: str = "f3",
+        signal: str | None = None,
+        link: str = "auto",
+        mask_target: bool = False,
+        hidden_scale: float | str = 1.0,
+        lr_schedule: str = "cosine",
+        warmup_steps: int = 0,
+        batch_size: int = 50,
+        eval_batch_size: int = 1000,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        precision: str = "float32",
+    ) -> None:
+        if not isinstance(model, Sequential):
+            raise InputError(f"a Trainer needs an f3triton Sequential (or a model made of one), got a {type(model).__name__}")
+        for name, value in (("batch size", batch_size), ("eval batch size", eval_batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if hidden_scale != "mean" and not (isinstance(hidden_scale, int | float) and math.isfinite(hidden_scale)):
+            raise InputError(f"hidden scale must be a finite number or 'mean', got {hidden_scale!r}")
+        self.method = method
+        self.signal = resolve_signal(method, signal, link, mask_target)
+        self.loss, self.hidden_scale = loss, hidden_scale
+        resolve_loss(loss, "classification")  # an unknown word is an error now, not at fit
+        self.rule = make_rule(optimizer or Adam(lr=5e-4))
+        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        make_schedule(lr_schedule, 1.0, warmup_steps, warmup_steps)
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.device = device if isinstance(device, torch.device) else pick_device(device)
+        self.precision = check_word("precision", precision, PRECISIONS)
+        if self.precision == "tf32" and self.device.type != "cuda":
+            allowed = ", ".join(word for word in PRECISIONS if word != "tf32")
+            raise InputError(f"precision 'tf32' needs a CUDA device, got {self.device.type!r}; allowed there: {allowed}")
+        try:
+            self.ops = kernel_backend(backend, self.device)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        self.compute_dtype = torch.bfloat16 if self.precision == "bfloat16" else None
+        dtype = torch.float64 if self.precision == "float64" else None
+        self.model = model.to(self.device, dtype)
+        self.learner: Learner | None = None
+
+    def fit(
+        self,
+        train: Dataset | tuple[Tensor, Tensor],
+        epochs: int,
+        test: Dataset | tuple[Tensor, Tensor] | None = None,
+        *,
+        eval_every: int = 1,
+        batches: Callable[[int], Iterable[Tensor]] | None = None,
+        on_record: Callable[[Record], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> FitResult:
+        """Train for `epochs` visits of every sample; moments and errors start afresh.
+
+        `train` and `test` are data sets or pairs of tensors `(inputs [N, ...], targets)`. Every `eval_every` epochs (and
+        after the last) a record is made, and given to `on_record`. `batches(epoch)` (epochs from 0) replaces the seeded
+        order with sample indices of your own, int64 `[batch]` each. `on_step(samples)` is called after every step.
+
+        The training figures in a record are the mean over the epoch's batches, each taken before its own update.
+        Ctrl-C ends the run after the step at hand. Raises InputError where the data does not fit the model, Diverged
+        where the loss is not finite.
+        """
+        train, test = _as_dataset(train), _as_dataset(test)
+        self._check(train, test, epochs, eval_every)
+        loss = resolve_loss(self.loss, train.task)
+        train, test = self._place(train), self._place(test)
+        dtype = next(self.model.parameters()).dtype
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.model.prepare(train.fetch(first, dtype), train.outputs, self.seed)
+        self.model.train()
+        self.learner = make_learner(
+            self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype
+        )
+        steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
+        order = batches or (lambda epoch: self._batches(len(train), epoch))
+        result = FitResult([], 0, 0, 0.0)
+        try:
+            for epoch in range(epochs):
+                began = time.perf_counter()
+                with _matmul_precision(self.precision):
+                    figures, result.steps = run_epoch(self.learner, _count(order(epoch), on_step), lr_at, result.steps)
+                result.learning_seconds += time.perf_counter() - began
+                result.epochs = epoch + 1
+                if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
+                    record: Record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
+                    record |= _figures("train", train, figures.loss, figures.correct, figures.samples)
+                    if test is not None:
+                        record |= self._test_figures(test, loss, result.steps)
+                    record["learning_seconds"] = round(result.learning_seconds, 3)
+                    result.history.append(record)
+                    if on_record is not None:
+                        on_record(record)
+        except KeyboardInterrupt:
+            result.status = "interrupted"
+        return result
+
+    def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
+        """`loss`, and `error` (percent wrong) for classes or `mse` for values, over a whole data set in eval mode."""
+        data = self._place(_as_dataset(data))
+        loss, correct = self._evaluate(data, resolve_loss(self.loss, data.task))
+        return {key.removeprefix("test_"): value for key, value in _figures("test", data, loss, correct, len(data)).items()}
+
+    def _evaluate(self, data: Dataset, loss: str) -> tuple[float, int]:
+        with _matmul_precision(self.precision):
+            return evaluate(self.model, data, loss, self.eval_batch_size, self.device, self.compute_dtype)
+
+    def _test_figures(self, test: Dataset, loss: str, step: int) -> Record:
+        value, correct = self._evaluate(test, loss)
+        if not math.isfinite(value):
+            raise Diverged(step, value)
+        return _figures("test", test, value, correct, len(test))
+
+    def _batches(self, samples: int, epoch: int) -> Iterable[Tensor]:
+        return sample_order(samples, self.seed, epoch).to(self.device).split(self.batch_size)
+
+    def _place(self, data: Dataset | None) -> Dataset | None:
+        return None if data is None else data.to(self.device)
+
+    def _check(self, train: Dataset, test: Dataset | None, epochs: int, eval_every: int) -> None:
+        for name, value in (("epochs", epochs), ("eval every", eval_every)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if len(train) == 0:
+            raise InputError("the training set is empty")
+        if test is not None and (test.task, test.outputs) != (train.task, train.outputs):
+            raise InputError(
+                f"the test set is {test.task} with {test.outputs} outputs, the training set {train.task} with {train.outputs}"
+            )
+        if self.signal is not None and self.signal.mask and train.task != "classification":
+            raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
+        last = self.model.stages[-1]
+        if isinstance(last, Linear) and last.activation != "identity":
+            raise InputError(
+                f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
+                "sigmoid (bce) or softmax (cross-entropy)"
+            )
+
+
+def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:
+    return data if data is None or isinstance(data, Dataset) else Dataset.from_tensors(*data)
+
+
+def _figures(which: str, data: Dataset, loss: float, correct: int, samples: int) -> Record:
+    """The loss under its name, and what people read: percent wrong, or the MSE of the standardised target."""
+    if data.task == "classification":
+        return {f"{which}_loss": loss, f"{which}_error": 100 * (samples - correct) / samples}
+    return {f"{which}_loss": loss, f"{which}_mse": loss}
+
+
+def _count(batches: Iterable[Tensor], on_step: Callable[[int], None] | None) -> Iterable[Tensor]:
+    for index in batches:
+        yield index
+        if on_step is not None:
+            on_step(len(index))
+
+
+class _matmul_precision:
+    """TensorFloat-32 products inside, where asked for; torch's own setting is restored outside."""
+
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_float32_matmul_precision(self.before)

@@ -1,0 +1,247 @@
+"""The torch backend: the operations of `reference`, on any torch device, in as few passes over memory as torch allows.
+
+Same names, arguments and results as `reference`. What is different: slopes are taken from `h` where it suffices, by the
+operators that torch's own autograd would call (`tanh_backward` and its kin), the update of weight, moments and bias is
+one fused pass, and a large layer's gradient is formed and consumed a few rows at a time, so that the gradient never
+takes more than `SCRATCH` elements of memory.
+
+Half precision: where `x` is of a narrower type than the weight, products are computed in `x`'s type and the weight,
+its moments and its update stay in the weight's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .rules import SGD, Moments, Rule
+
+aten = torch.ops.aten
+
+SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
+
+
+def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`(h, kept)`: the activation, in place where the slope needs only `h`, and the tensor the slope will be taken from."""
+    if activation == "identity":
+        return a, a
+    if activation == "tanh":
+        a.tanh_()
+        return a, a
+    if activation == "sigmoid":
+        a.sigmoid_()
+        return a, a
+    if activation == "relu":
+        a.relu_()
+        return a, a
+    if activation == "gelu":
+        return aten.gelu(a), a
+    if activation == "gelu-tanh":
+        return aten.gelu(a, approximate="tanh"), a
+    if activation == "silu":
+        return aten.silu(a), a
+    raise ValueError(f"activation {activation!r} is unknown; allowed: {', '.join(reference.ACTIVATIONS)}")
+
+
+def times_slope(gradient: Tensor, kept: Tensor, activation: str) -> Tensor:
+    """`gradient * phi'(a)  [M, N]`, from what `linear_keep` kept."""
+    if activation == "identity":
+        return gradient
+    if activation == "tanh":
+        return aten.tanh_backward(gradient, kept)
+    if activation == "sigmoid":
+        return aten.sigmoid_backward(gradient, kept)
+    if activation == "relu":
+        return aten.threshold_backward(gradient, kept, 0)
+    if activation == "silu":
+        return aten.silu_backward(gradient, kept)
+    return aten.gelu_backward(gradient, kept, approximate="tanh" if activation == "gelu-tanh" else "none")
+
+
+def linear_keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """`(h [M, N], kept [M, N])`: the forward pass, and what `times_slope` needs later (often `h` itself)."""
+    return _activate(_pre_activation(x, weight, bias), activation)
+
+
+def project(error: Tensor, feedback: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale e B  [M, N]` in the given type."""
+    signal = error.to(dtype) @ feedback.to(dtype)
+    return signal if scale == 1.0 else signal.mul_(scale)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    error: Tensor | None = None,
+    feedback: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `reference.linear_forward`."""
+    h, kept = linear_keep(x, weight, bias, activation)
+    if error is None:
+        return h
+    return h, times_slope(project(error, feedback, scale, x.dtype), kept, activation)
+
+
+def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.outer_product`."""
+    return delta.t() @ x, delta.sum(0)
+
+
+def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, lr: float | Tensor, step: int | Tensor) -> None:
+    """See `reference.update_`: the same formula in one pass over the parameter and its moments."""
+    _update_all_([parameter], [gradient], [moments], rule, lr, step)
+
+
+def _update_all_(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[Moments],
+    rule: Rule,
+    lr: float | Tensor,
+    step: int | Tensor,
+) -> None:
+    device = parameters[0].device
+    if device.type not in _FUSED_DEVICES:
+        for parameter, gradient, buffers in zip(parameters, gradients, moments, strict=True):
+            reference.update_(parameter, gradient, buffers, rule, lr, step)
+        return
+    if isinstance(rule, SGD):
+        torch._fused_sgd_(
+            parameters,
+            gradients,
+            [buffers[0] for buffers in moments] if rule.momentum else [],
+            weight_decay=rule.weight_decay,
+            momentum=rule.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=rule.nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
+    if not isinstance(step, Tensor):
+        step = torch.tensor(float(step), device=device)
+    fused = torch._fused_adamw_ if rule.decoupled else torch._fused_adam_
+    fused(
+        parameters,
+        gradients,
+        [buffers[0] for buffers in moments],
+        [buffers[1] for buffers in moments],
+        [],
+        [step] * len(parameters),
+        lr=lr,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        weight_decay=rule.weight_decay,
+        eps=rule.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def outer_product_update_(
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    x: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+) -> None:
+    """See `reference.outer_product_update_`; a large weight is updated a few rows at a time."""
+    rows, columns = weight.shape
+    left = delta.to(x.dtype).t()  # [N, M]
+    chunk = max(1, SCRATCH // columns)
+    if rows <= chunk:
+        parameters, gradients, moments = [weight], [(left @ x).to(weight.dtype)], [weight_moments]
+        if bias is not None:
+            parameters.append(bias)
+            gradients.append(delta.sum(0).to(bias.dtype))
+            moments.append(bias_moments)
+        _update_all_(parameters, gradients, moments, rule, lr, step)
+        return
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        gradient = (left[part] @ x).to(weight.dtype)
+        update_(weight[part], gradient, tuple(buffer[part] for buffer in weight_moments), rule, lr, step)
+    if bias is not None:
+        update_(bias, delta.sum(0).to(bias.dtype), bias_moments, rule, lr, step)
+
+
+def linear_step_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    error: Tensor,
+    feedback: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+    activation: str = "identity",
+    scale: float = 1.0,
+) -> Tensor:
+    """See `reference.linear_step_`."""
+    h, delta = linear_forward(x, weight, bias, activation, error, feedback, scale)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    return h
+
+
+def linear_backward_update_(
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    x: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+) -> Tensor:
+    """See `reference.linear_backward_update_`."""
+    input_gradient = delta @ weight.to(delta.dtype)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    return input_gradient
+
+
+def output_step(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.output_step`; for the error that belongs to the loss, `y* - prediction` is computed once for all uses."""
+    samples, elements = a.shape[0], a.numel()
+    if loss == "cross-entropy":
+        log_p = torch.log_softmax(a, -1)
+        p = log_p.exp()
+        residual = target - p
+        value = (target * log_p).sum() * (-1 / samples)
+        gradient = (p * target.sum(-1, keepdim=True) - target) * (1 / samples)
+        natural = link == "auto"
+    elif loss == "bce":
+        residual = target - torch.sigmoid(a)
+        value = (torch.nn.functional.softplus(a, threshold=40).sum() - (target * a).sum()) * (1 / elements)
+        gradient = residual * (-1 / elements)
+        natural = link in ("auto", "identity")
+    else:
+        residual = target - a
+        value = residual.square().mean()
+        gradient = residual * (-2 / elements)
+        natural = link in ("auto", "identity")
+    if natural and source in ("delayed-error", "current-error"):
+        error = residual
+    else:
+        error = reference.error_signal(a, target, loss, source, link)
+    correct = (a.argmax(-1) == target.argmax(-1)).sum()
+    return value, correct, gradient, error
