@@ -12,6 +12,7 @@ from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import SGD, Adam, AdamW
 from .layers import Block, Linear, Sequential, Stage
+from .predictor import Predictor, load
 from .trainer import Trainer
 
 __version__ = "0.1.0"
@@ -25,10 +26,12 @@ __all__ = [
     "Feedback",
     "InputError",
     "Linear",
+    "Predictor",
     "Sequential",
     "Stage",
     "Trainer",
     "kernels",
+    "load",
     "load_dataset",
     "models",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +43,7 @@ def mlp_budget(
     feedback 2MCN in F3; input gradient 2MKN in backpropagation, but for the first layer. Activations count the tensors
     alive at once: one layer's input, output and error signal in F3; every layer's in backpropagation and DFA.
     """
-    layers = list(zip(sizes, sizes[1:], strict=False))
+    layers = list(itertools.pairwise(sizes))
     hidden, classes = layers[:-1], sizes[-1]
     weights = [k * n for k, n in layers]
     parameters = sum(weights) + (sum(n for _, n in layers) if bias else 0)
@@ -82,13 +84,10 @@ def mlp_budget(
 
 def readable_bytes(count: float) -> str:
     """`1536` as `1.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 4)
+    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
 
 
 def describe(budget: Budget) -> list[str]:

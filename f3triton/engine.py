@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -141,29 +141,39 @@ def make_learner(
 
 
 @dataclass
-class EpochResult:
-    """One epoch's own figures, summed over its batches while it was learning."""
+class Figures:
+    """Over some samples: the mean loss, how many were right, and for values the mean squared error of each target."""
 
     samples: int
     loss: float
     correct: int
+    mse: list[float] | None = None
+
+
+@dataclass
+class Progress:
+    """How far a run has come; kept up to date step by step, so that it is true also when the run is cut short."""
+
+    epochs: int = 0
+    steps: int = 0
 
 
 class Diverged(RuntimeError):
-    """The training loss became NaN or infinite; `step` counts from 1 over the whole run."""
+    """The loss became NaN or infinite; `step` counts from 1 over the whole run."""
 
     def __init__(self, step: int, value: float) -> None:
-        super().__init__(f"the training loss became {value} at step {step}; try a smaller learning rate")
+        super().__init__(f"the loss became {value} at step {step}; try a smaller learning rate")
         self.step = step
 
 
 CHECK_EVERY = 500  # steps between looks at the loss: one synchronisation each
 
 
-def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: object, step: int) -> tuple[EpochResult, int]:
-    """Learn from the batches in order; `lr_at(step)` gives the learning rate, `step` is the last step's number.
+def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: Callable[[int], float], progress: Progress) -> Figures:
+    """Learn from the batches in order; `lr_at(step)` gives a step's learning rate, steps counted from 1 over the run.
 
-    Losses stay on the device and are looked at every `CHECK_EVERY` steps. Raises Diverged where one is not finite.
+    The figures are those of each batch before its own update. Losses stay on the device and are looked at every
+    `CHECK_EVERY` steps. Raises Diverged where one is not finite.
     """
     samples, total, hits = 0, 0.0, 0
     losses: list[Tensor] = []
@@ -178,14 +188,14 @@ def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: object, step: 
         finite = values.isfinite()
         if not finite.all():
             first = int((~finite).nonzero()[0])
-            raise Diverged(step - len(losses) + first + 1, float(values[first]))
+            raise Diverged(progress.steps - len(losses) + first + 1, float(values[first]))
         total += float(values @ torch.tensor(sizes, dtype=torch.float64))
         hits += int(torch.stack(corrects).sum())
         losses.clear(), corrects.clear(), sizes.clear()
 
     for index in batches:
-        step += 1
-        loss, correct = learner.step(index, lr_at(step))
+        loss, correct = learner.step(index, lr_at(progress.steps + 1))
+        progress.steps += 1
         losses.append(loss)
         corrects.append(correct)
         sizes.append(len(index))
@@ -193,19 +203,21 @@ def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: object, step: 
         if len(losses) == CHECK_EVERY:
             collect()
     collect()
-    return EpochResult(samples, total / max(samples, 1), hits), step
+    progress.epochs += 1
+    return Figures(samples, total / max(samples, 1), hits)
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Data, loss: str, batch_size: int, device: torch.device, compute_dtype: torch.dtype | None = None
-) -> tuple[float, int]:
-    """(mean loss, number of correct samples) over a whole data set in its own order, in eval mode; sums are in float64."""
+) -> Figures:
+    """The figures of a whole data set, in its own order and in eval mode; sums are in float64."""
     was_training = model.training
     model.eval()
     dtype = next(model.parameters()).dtype
     total = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
+    squares = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(data), batch_size):
         index = torch.arange(start, min(start + batch_size, len(data)), device=device)
         x, target = data.fetch(index, dtype), data.one_hot(index, dtype)
@@ -214,5 +226,8 @@ def evaluate(
         a = a.to(dtype)
         total += mean_loss(a, target, loss).double() * len(index)
         hits += (a.argmax(-1) == target.argmax(-1)).sum()
+        if loss == "mse":
+            squares = squares + (a - target).double().square().sum(0)  # [targets]
     model.train(was_training)
-    return float(total) / len(data), int(hits)
+    mse = (squares / len(data)).tolist() if loss == "mse" else None
+    return Figures(len(data), float(total) / len(data), int(hits), mse)

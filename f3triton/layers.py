@@ -223,8 +223,10 @@ class Sequential(nn.Module):
         return x
 
     @torch.no_grad()
-    def prepare(self, example: Tensor, outputs: int, seed: int) -> None:
-        """Draw every hidden stage's feedback matrix: `example [1, ...]` is run through to learn the stages' sizes.
+    def prepare(self, example: Tensor, outputs: int, seed: int | None) -> None:
+        """Run `example [1, ...]` through, and draw every hidden stage's feedback matrix for the size of its output.
+
+        Nothing is drawn where `seed` is None.
 
         Raises InputError where an input does not fit a stage, or the last stage does not give `outputs` values.
         """
@@ -239,7 +241,7 @@ class Sequential(nn.Module):
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"stage {position} cannot take an input of shape {list(x.shape)}: {reason}") from None
-            if position < len(self) - 1:
+            if seed is not None and position < len(self) - 1:
                 stage.draw_feedback(outputs, math.prod(x.shape[1:]), derived_seed(seed, "feedback", position))
         self.train(was_training)
         if list(x.shape[1:]) != [outputs]:

@@ -34,14 +34,23 @@ class RunFolder:
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         self.path = Path(path).expanduser()
-        there = [name for name in _NAMES if (self.path / name).exists()]
-        if there and not overwrite:
-            raise InputError(f"output folder {str(path)!r} already holds a run ({there[0]}); choose another, or give --overwrite")
+        there = self.check(path, overwrite)
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         for name in there:
             with _named(self.path / name, "remove"):
                 (self.path / name).unlink()
+
+    @staticmethod
+    def check(path: str | Path, overwrite: bool = False) -> list[str]:
+        """The run's files that are there already. Raises InputError where there are any, unless `overwrite`."""
+        path = Path(path).expanduser()
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output folder {str(path)!r} is a file; choose another with --output-dir")
+        there = [name for name in _NAMES if (path / name).exists()]
+        if there and not overwrite:
+            raise InputError(f"output folder {str(path)!r} holds a run already ({there[0]}); choose another, or --overwrite")
+        return there
 
     def require_space(self, model: nn.Module) -> None:
         """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""

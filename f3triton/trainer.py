@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .data import Dataset
-from .engine import Diverged, Learner, evaluate, make_learner, run_epoch
+from .engine import Diverged, Figures, Learner, Progress, evaluate, make_learner, run_epoch
 from .exceptions import InputError
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
@@ -41,17 +41,15 @@ def pick_device(name: str) -> torch.device:
 
 
 @dataclass
-class FitResult:
-    """What `fit` did: one record an evaluation (`history`), epochs and steps done, and the seconds spent learning.
+class FitResult(Progress):
+    """What `fit` did: epochs and steps done, one record an evaluation (`history`), and the seconds spent learning.
 
-    `status` is `completed`, or `interrupted` after Ctrl-C.
+    `status` is `completed`, `interrupted` after Ctrl-C, or `running`.
     """
 
-    history: list[Record]
-    epochs: int
-    steps: int
-    learning_seconds: float
-    status: str = "completed"
+    history: list[Record] = field(default_factory=list)
+    learning_seconds: float = 0.0
+    status: str = "running"
 
 
 class Trainer:
@@ -115,6 +113,7 @@ class Trainer:
         dtype = torch.float64 if self.precision == "float64" else None
         self.model = model.to(self.device, dtype)
         self.learner: Learner | None = None
+        self.result = FitResult()
 
     def fit(
         self,
@@ -134,16 +133,12 @@ class Trainer:
         order with sample indices of your own, int64 `[batch]` each. `on_step(samples)` is called after every step.
 
         The training figures in a record are the mean over the epoch's batches, each taken before its own update.
-        Ctrl-C ends the run after the step at hand. Raises InputError where the data does not fit the model, Diverged
+        Ctrl-C ends the run after a last evaluation. Raises InputError where the data does not fit the model, Diverged
         where the loss is not finite.
         """
-        train, test = _as_dataset(train), _as_dataset(test)
-        self._check(train, test, epochs, eval_every)
+        train, test = self._place(_as_dataset(train)), self._place(_as_dataset(test))
+        self.check(train, test, epochs, eval_every)
         loss = resolve_loss(self.loss, train.task)
-        train, test = self._place(train), self._place(test)
-        dtype = next(self.model.parameters()).dtype
-        first = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.model.prepare(train.fetch(first, dtype), train.outputs, self.seed)
         self.model.train()
         self.learner = make_learner(
             self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype
@@ -151,59 +146,42 @@ class Trainer:
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
         order = batches or (lambda epoch: self._batches(len(train), epoch))
-        result = FitResult([], 0, 0, 0.0)
+        self.result = result = FitResult()
         try:
             for epoch in range(epochs):
                 began = time.perf_counter()
-                with _matmul_precision(self.precision):
-                    figures, result.steps = run_epoch(self.learner, _count(order(epoch), on_step), lr_at, result.steps)
+                with matmul_precision(self.precision):
+                    figures = run_epoch(self.learner, _count(order(epoch), on_step), lr_at, result)
                 result.learning_seconds += time.perf_counter() - began
-                result.epochs = epoch + 1
                 if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
-                    record: Record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
-                    record |= _figures("train", train, figures.loss, figures.correct, figures.samples)
-                    if test is not None:
-                        record |= self._test_figures(test, loss, result.steps)
-                    record["learning_seconds"] = round(result.learning_seconds, 3)
-                    result.history.append(record)
-                    if on_record is not None:
-                        on_record(record)
+                    record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
+                    self._record(record | _train_figures(train, figures), test, loss, on_record)
+            result.status = "completed"
         except KeyboardInterrupt:
             result.status = "interrupted"
+            if result.steps > (result.history[-1]["step"] if result.history else 0):
+                record = {"epoch": round(result.steps / steps_per_epoch, 3), "step": result.steps, "lr": lr_at(result.steps)}
+                self._record(record, test, loss, on_record)
         return result
 
-    def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
-        """`loss`, and `error` (percent wrong) for classes or `mse` for values, over a whole data set in eval mode."""
-        data = self._place(_as_dataset(data))
-        loss, correct = self._evaluate(data, resolve_loss(self.loss, data.task))
-        return {key.removeprefix("test_"): value for key, value in _figures("test", data, loss, correct, len(data)).items()}
-
-    def _evaluate(self, data: Dataset, loss: str) -> tuple[float, int]:
-        with _matmul_precision(self.precision):
-            return evaluate(self.model, data, loss, self.eval_batch_size, self.device, self.compute_dtype)
-
-    def _test_figures(self, test: Dataset, loss: str, step: int) -> Record:
-        value, correct = self._evaluate(test, loss)
-        if not math.isfinite(value):
-            raise Diverged(step, value)
-        return _figures("test", test, value, correct, len(test))
-
-    def _batches(self, samples: int, epoch: int) -> Iterable[Tensor]:
-        return sample_order(samples, self.seed, epoch).to(self.device).split(self.batch_size)
-
-    def _place(self, data: Dataset | None) -> Dataset | None:
-        return None if data is None else data.to(self.device)
-
-    def _check(self, train: Dataset, test: Dataset | None, epochs: int, eval_every: int) -> None:
+    def check(
+        self,
+        train: Dataset | tuple[Tensor, Tensor],
+        test: Dataset | tuple[Tensor, Tensor] | None,
+        epochs: int,
+        eval_every: int = 1,
+    ) -> None:
+        """What `fit` does before it trains: raise InputError where anything does not fit, and draw the feedback."""
+        train, test = _as_dataset(train), _as_dataset(test)
         for name, value in (("epochs", epochs), ("eval every", eval_every)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if len(train) == 0:
-            raise InputError("the training set is empty")
         if test is not None and (test.task, test.outputs) != (train.task, train.outputs):
             raise InputError(
                 f"the test set is {test.task} with {test.outputs} outputs, the training set {train.task} with {train.outputs}"
             )
+        resolve_loss(self.loss, train.task)
+        make_schedule(self.lr_schedule, self.rule.lr, epochs * math.ceil(len(train) / self.batch_size), self.warmup_steps)
         if self.signal is not None and self.signal.mask and train.task != "classification":
             raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
         last = self.model.stages[-1]
@@ -212,17 +190,65 @@ class Trainer:
                 f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
                 "sigmoid (bce) or softmax (cross-entropy)"
             )
+        dtype = next(self.model.parameters()).dtype
+        example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
+        uses_feedback = self.signal is not None and self.signal.source != "none"
+        self.model.prepare(example.to(self.device), train.outputs, self.seed if uses_feedback else None)
+
+    def describe(self) -> str:
+        """The settings that matter most, in one line."""
+        rule = type(self.rule).__name__
+        signal = "" if self.signal is None else f", signal {self.signal.source}{' masked by the target' * self.signal.mask}"
+        return f"method {self.method}{signal}, {rule} lr {self.rule.lr:g} {self.lr_schedule}, device {self.device}"
+
+    def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
+        """`test_loss`, and `test_error` (percent wrong) for classes or `test_mse` for values, in eval mode.
+
+        `test_mse` is in units of the training targets' variance, `test_mse_in_units` in the targets' own, by name.
+        """
+        data = self._place(_as_dataset(data))
+        return self._test_figures(data, resolve_loss(self.loss, data.task), 0)
+
+    def _record(self, record: Record, test: Dataset | None, loss: str, on_record: Callable[[Record], None] | None) -> None:
+        if test is not None:
+            record |= self._test_figures(test, loss, record["step"])
+        record["learning_seconds"] = round(self.result.learning_seconds, 3)
+        self.result.history.append(record)
+        if on_record is not None:
+            on_record(record)
+
+    def _test_figures(self, test: Dataset, loss: str, step: int) -> Record:
+        with matmul_precision(self.precision):
+            figures = evaluate(self.model, test, loss, self.eval_batch_size, self.device, self.compute_dtype)
+        if not math.isfinite(figures.loss):
+            raise Diverged(step, figures.loss)
+        return test_record(test, figures)
+
+    def _batches(self, samples: int, epoch: int) -> Iterable[Tensor]:
+        return sample_order(samples, self.seed, epoch).to(self.device).split(self.batch_size)
+
+    def _place(self, data: Dataset | None) -> Dataset | None:
+        return None if data is None else data.to(self.device)
 
 
 def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:
     return data if data is None or isinstance(data, Dataset) else Dataset.from_tensors(*data)
 
 
-def _figures(which: str, data: Dataset, loss: float, correct: int, samples: int) -> Record:
-    """The loss under its name, and what people read: percent wrong, or the MSE of the standardised target."""
+def _train_figures(data: Dataset, figures: Figures) -> Record:
+    record: Record = {"train_loss": figures.loss}
     if data.task == "classification":
-        return {f"{which}_loss": loss, f"{which}_error": 100 * (samples - correct) / samples}
-    return {f"{which}_loss": loss, f"{which}_mse": loss}
+        record["train_error"] = 100 * (figures.samples - figures.correct) / figures.samples
+    return record
+
+
+def test_record(data: Dataset, figures: Figures) -> Record:
+    """The test figures under their names: percent wrong for classes, mean squared errors for values."""
+    if data.task == "classification":
+        return {"test_loss": figures.loss, "test_error": 100 * (figures.samples - figures.correct) / figures.samples}
+    names, scales = data.preprocessing.target_names, data.preprocessing.target.std or [1.0] * data.outputs
+    in_units = {name: mse * scale**2 for name, mse, scale in zip(names, figures.mse, scales, strict=True)}
+    return {"test_loss": figures.loss, "test_mse": figures.loss, "test_mse_in_units": in_units}
 
 
 def _count(batches: Iterable[Tensor], on_step: Callable[[int], None] | None) -> Iterable[Tensor]:
@@ -232,7 +258,7 @@ def _count(batches: Iterable[Tensor], on_step: Callable[[int], None] | None) -> 
             on_step(len(index))
 
 
-class _matmul_precision:
+class matmul_precision:
     """TensorFloat-32 products inside, where asked for; torch's own setting is restored outside."""
 
     def __init__(self, precision: str) -> None:

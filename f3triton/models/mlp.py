@@ -29,6 +29,8 @@ class MLP(Sequential):
         sizes = list(sizes)
         if len(sizes) < 2:
             raise InputError(f"the sizes of an MLP are inputs, hidden layers, outputs: at least two numbers, got {sizes}")
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise InputError(f"the sizes of an MLP must be whole numbers of at least 1, got {sizes}")
         hidden = len(sizes) - 2
         laws = [feedback] * hidden if isinstance(feedback, str | Feedback) else list(feedback)
         if len(laws) != hidden:

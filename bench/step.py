@@ -1,0 +1,165 @@
+"""Training steps a second on this machine: this library's F3 and its peers against plain PyTorch, in turn, in one run.
+
+    python -m bench.step                      784-500-10, batch 50, one thread
+    python -m bench.step --depth 10
+
+The yardsticks are written here in plain PyTorch: `autograd F3` is F3 as one writes it with hooks on autograd (the
+gradient between layers replaced, torch's default Adam: how the authors' code works), `backprop` uses torch's default
+Adam and `backprop, fused Adam` its fastest one. Every round runs each of them once; medians over rounds are reported.
+
+Bound: the matrix products of an F3 step are 4MKN a layer (forward, weight gradient), those of backpropagation 6MKN
+(4MKN in the first layer). `floor` is the time of those products and of one fused Adam pass alone, measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import f3triton as f3
+
+from .common import RESULTS, origin, table, write_result
+
+INPUTS, CLASSES, SAMPLES = 784, 10, 6000
+LR = 1.5e-4
+Step = Callable[[Tensor], None]
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = functional.one_hot(torch.randint(0, CLASSES, (SAMPLES,), generator=generator), CLASSES).float()
+    return torch.randn(SAMPLES, INPUTS, generator=generator), y
+
+
+class ReplaceGradient(torch.autograd.Function):
+    """Identity; on the way back, another gradient."""
+
+    @staticmethod
+    def forward(ctx: object, h: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: object, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
+def plain_torch(width: int, depth: int, f3_rule: bool, fused: bool) -> Step:
+    """A step in plain PyTorch: backpropagation, or F3 by replacing gradients."""
+    x, y = data()
+    sizes = [INPUTS, *[width] * depth]
+    hidden = nn.ModuleList(nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in itertools.pairwise(sizes))
+    top = nn.Sequential(nn.Linear(width, CLASSES), nn.Sigmoid())
+    feedback = [torch.randint(-1, 2, (CLASSES, width)).float() for _ in hidden]
+    errors = y.clone()
+    optimizer = torch.optim.Adam([*hidden.parameters(), *top.parameters()], lr=LR, fused=True if fused else None)
+
+    def step(index: Tensor) -> None:
+        h, target = x[index], y[index]
+        optimizer.zero_grad()
+        for layer, b in zip(hidden, feedback, strict=True):
+            h = layer(h)
+            if f3_rule:
+                h = ReplaceGradient.apply(h, errors[index] @ b)
+        output = top(h)
+        functional.binary_cross_entropy(output, target).backward()
+        optimizer.step()
+        if f3_rule:
+            errors[index] = (target - output).detach()
+
+    return step
+
+
+def library(method: str, width: int, depth: int) -> Step:
+    """A step of this library's trainer."""
+    model = f3.models.MLP([INPUTS, *[width] * depth, CLASSES])
+    trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), method=method, lr_schedule="constant", device="cpu")
+    trainer.fit(data(), 1, batches=lambda epoch: [torch.arange(50)])
+    return lambda index: trainer.learner.step(index, LR)
+
+
+def floor(width: int, depth: int, batch: int) -> Step:
+    """The products and the Adam pass of an F3 step, and nothing else."""
+    sizes = [INPUTS, *[width] * depth, CLASSES]
+    layers = []
+    for k, n in itertools.pairwise(sizes):
+        weight = torch.randn(n, k)
+        layers.append((torch.randn(batch, k), torch.randn(batch, n), weight, *(torch.zeros_like(weight) for _ in range(3))))
+    count = torch.ones(())
+
+    @torch.no_grad()
+    def step(_: Tensor) -> None:
+        for x, delta, weight, gradient, m, v in layers:
+            torch.mm(x, weight.t())
+            torch.mm(delta.t(), x, out=gradient)
+            torch._fused_adam_([weight], [gradient], [m], [v], [], [count], lr=LR, beta1=0.9, beta2=0.999, weight_decay=0.0,
+                               eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
+
+    return step
+
+
+def contestants(width: int, depth: int, batch: int) -> dict[str, Step]:
+    return {
+        "autograd F3": plain_torch(width, depth, f3_rule=True, fused=False),
+        "backprop": plain_torch(width, depth, f3_rule=False, fused=False),
+        "backprop, fused Adam": plain_torch(width, depth, f3_rule=False, fused=True),
+        "f3triton f3": library("f3", width, depth),
+        "f3triton dfa": library("dfa", width, depth),
+        "f3triton bp": library("bp", width, depth),
+        "floor": floor(width, depth, batch),
+    }
+
+
+def rate(step: Step, batch: int, steps: int) -> float:
+    """Steps a second over random batches, after three to warm up."""
+    for _ in range(3):
+        step(torch.randint(0, SAMPLES, (batch,)))
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(torch.randint(0, SAMPLES, (batch,)))
+    return steps / (time.perf_counter() - began)
+
+
+def measure(width: int, depth: int, batch: int, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Rates by name, one a round, the contestants in turn."""
+    rates: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, step in contestants(width, depth, batch).items():
+            rates.setdefault(name, []).append(round(rate(step, batch, steps), 1))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, nargs="+", default=[1, 10], help="numbers of hidden layers")
+    parser.add_argument("--width", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=200, help="steps a round, for one hidden layer; fewer for more")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = {}
+    for depth in options.depth:
+        rates = measure(options.width, depth, options.batch, max(20, options.steps // depth), options.rounds)
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        ours = medians["f3triton f3"]
+        results[f"{depth} hidden"] = {"median": medians, "rounds": rates}
+        rows = [[name, f"{value:.0f}", f"{ours / value:.2f}"] for name, value in medians.items()]
+        print(f"\n{INPUTS}-{options.width} x {depth}-{CLASSES}, batch {options.batch}, {options.threads} thread(s)\n")
+        print(table(["", "steps/s", "f3triton f3 is this many times as fast"], rows))
+    setting = {key: getattr(options, key) for key in ("width", "batch", "threads", "rounds")}
+    write_result(options.output, {**origin("bench.step"), "setting": setting, "steps_per_second": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Images as one contiguous uint8 tensor, decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from . import cache
+from .columns import PIXELS, RaggedError, Rows, dense, image_layout, kind_of, one_line
+
+DECODER_VERSION = b"1"  # part of the key of cached images: change it when the same bytes are decoded differently
+WORTH_CACHING_SECONDS = 0.5
+
+
+def load_images(rows: Rows, name: str) -> Tensor:
+    """The images of a column, uint8 [n, C, H, W]; C is 1 if all are grey, else 3.
+
+    Raises InputError: an image missing or unreadable, or of another size than the first.
+    """
+    if kind_of(rows, name)[0] == PIXELS:
+        return _stack((image for _, piece in rows.pieces(name) for image in _pixel_rows(piece, rows, name)), rows, name)
+    key = hashlib.blake2b(DECODER_VERSION, digest_size=20)
+    for data in _encoded(rows, name):
+        key.update(len(data).to_bytes(8, "little"))
+        key.update(data)
+    pixels = cache.read(key.hexdigest(), len(rows))
+    if pixels is None:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
+            pixels = _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name)
+        if time.perf_counter() - start > WORTH_CACHING_SECONDS:
+            cache.write(key.hexdigest(), pixels)
+    return pixels
+
+
+def convert_images(values: Iterable[Any], name: str, where: str = "the rows given") -> Tensor:
+    """Images as people hold them (PIL, encoded bytes, `{"bytes", "path"}`, arrays, tensors) as uint8 [n, C, H, W]."""
+    import pyarrow as pa
+
+    values = list(values)
+    rows = Rows(pa.table({name: pa.nulls(len(values))}), where)  # for the messages
+    return _stack((_convert(value, i, rows, name) for i, value in enumerate(values)), rows, name)
+
+
+def match_channels(pixels: Tensor, channels: int, where: str) -> Tensor:
+    """Grey images [n, 1, H, W] with three equal channels where training had colour; colour where it had grey is an error."""
+    if pixels.shape[1] == channels or not len(pixels):
+        return pixels
+    if channels == 3:
+        return pixels.expand(-1, 3, -1, -1).contiguous()
+    raise InputError(f"{where} has colour images, and training had grey ones; convert them to one kind first")
+
+
+def channel_moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation (1 for a constant) over all pixels of each channel, in units of 255."""
+    mean, std = [], []
+    for channel in range(pixels.shape[1]):
+        counts = np.zeros(256, dtype=np.int64)
+        for part in pixels[:, channel].split(4096):  # bincount widens to int64: eight times the memory of its part
+            counts += np.bincount(part.numpy().ravel(), minlength=256)
+        values = np.arange(256) / 255
+        centre = float((counts * values).sum() / counts.sum())
+        spread = float(np.sqrt((counts * (values - centre) ** 2).sum() / counts.sum()))
+        mean.append(centre)
+        std.append(spread if np.count_nonzero(counts) > 1 else 1.0)
+    return tuple(mean), tuple(std)
+
+
+def _encoded(rows: Rows, name: str) -> Iterator[bytes]:
+    """The encoded image of each row; those of an image folder are read from their files."""
+    for start, piece in rows.pieces(name):
+        for i, value in enumerate(piece.to_pylist(), start):
+            yield _bytes_of(value, i, rows, name)
+
+
+def _bytes_of(value: Any, i: int, rows: Rows, name: str) -> bytes:
+    data = value if value is None or isinstance(value, bytes) else value.get("bytes")
+    if data is None and value is not None and value.get("path"):
+        try:
+            with open(value["path"], "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise InputError(f"the image {value['path']!r} in {rows.row(i)} cannot be read: {one_line(error)}") from error
+    if data is None:
+        raise InputError(f"column {name!r} holds no image in {rows.row(i)}; drop such rows first")
+    return data
+
+
+def _decode(data: bytes, i: int, rows: Rows, name: str) -> np.ndarray:
+    """One encoded image as uint8 [H, W] or [3, H, W]."""
+    import PIL.Image
+
+    try:
+        return _pixels_of(PIL.Image.open(io.BytesIO(data)))
+    except Exception as error:  # on broken bytes PIL's decoders raise nearly anything
+        what = "it is no image file" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
+        raise InputError(f"column {name!r} holds an image that cannot be decoded in {rows.row(i)}: {what}") from error
+
+
+def _pixels_of(image: Any) -> np.ndarray:
+    """A PIL image as uint8, grey [H, W] or colour [3, H, W]."""
+    import PIL.ImageOps
+
+    if "exif" in image.info:
+        image = PIL.ImageOps.exif_transpose(image)
+    mode = image.mode
+    if mode.startswith("I"):  # 16 bits a pixel (or 32 that hold 16)
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return ((wide + 128) // 257).astype(np.uint8)
+    if mode == "F":
+        raise ValueError("floating-point pixels are not supported; store 8 bits a pixel")
+    if mode in ("1", "LA", "La"):
+        image = image.convert("L")
+    elif mode not in ("L", "RGB"):
+        image = image.convert("RGB")  # palettes, alpha, CMYK, ...
+    pixels = np.frombuffer(image.tobytes(), dtype=np.uint8)  # several times faster than np.asarray(image)
+    if image.mode == "L":
+        return pixels.reshape(image.height, image.width)
+    return pixels.reshape(image.height, image.width, 3).transpose(2, 0, 1)
+
+
+def _pixel_rows(piece: Any, rows: Rows, name: str) -> Iterator[np.ndarray]:
+    """The rows of a piece of nested lists as uint8 [H, W] or [C, H, W]."""
+    try:
+        values = dense(piece)  # [m, ...] float64
+    except RaggedError as error:
+        raise InputError(f"column {name!r} of {rows.where} holds images of differing sizes: {error}") from error
+    for value in values:
+        yield _pixels_of_array(value, name, rows.where)
+
+
+def _pixels_of_array(value: np.ndarray, name: str, where: str) -> np.ndarray:
+    """An array of whole numbers in 0..255 as uint8 [H, W] or [C, H, W]."""
+    layout = image_layout(value.shape)
+    if layout is None:
+        raise InputError(
+            f"column {name!r} of {where} holds an array of shape {value.shape}; images are [H, W], [C, H, W] or [H, W, C]"
+        )
+    if value.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            whole = value.astype(np.uint8)
+        if not np.array_equal(whole, value):
+            raise InputError(f"column {name!r} of {where} holds pixels that are missing or not whole numbers from 0 to 255")
+        value = whole
+    if value.ndim == 3 and value.shape != layout:
+        value = value.transpose(2, 0, 1)
+    return value[0] if value.ndim == 3 and layout[0] == 1 else value
+
+
+def _convert(value: Any, i: int, rows: Rows, name: str) -> np.ndarray:
+    if value is None or isinstance(value, (bytes, dict)):
+        return _decode(_bytes_of(value, i, rows, name), i, rows, name)
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
+        try:
+            return _pixels_of(value)
+        except (OSError, ValueError) as error:
+            raise InputError(f"the image in {rows.row(i)} cannot be used: {one_line(error)}") from error
+    array = value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.dtype == object:
+        raise InputError(f"column {name!r} holds {type(value).__name__} in {rows.row(i)}, where an image is needed")
+    return _pixels_of_array(array, name, rows.where)
+
+
+def _stack(images: Iterable[np.ndarray], rows: Rows, name: str) -> Tensor:
+    """Images [H, W] or [3, H, W] of one size as uint8 [n, C, H, W]; grey ones are widened once a colour one appears."""
+    out = np.empty((0, 1, 0, 0), dtype=np.uint8)
+    for i, image in enumerate(images):
+        channels, size = (1 if image.ndim == 2 else 3), image.shape[-2:]
+        if i == 0:
+            out = np.empty((len(rows), channels, *size), dtype=np.uint8)
+        if size != out.shape[2:]:
+            raise InputError(
+                f"column {name!r} holds images of mixed sizes, {_size(out.shape[2:])} in {rows.row(0)} and {_size(size)} in "
+                f"{rows.row(i)}; resize them to one size first"
+            )
+        if channels > out.shape[1]:
+            grey, out = out, np.empty((len(rows), 3, *size), dtype=np.uint8)
+            out[:i] = grey[:i]
+        out[i] = image
+    return torch.from_numpy(out)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

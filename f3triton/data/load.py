@@ -1,0 +1,160 @@
+"""From a name to two `Dataset`s."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from ..exceptions import InputError
+from .choose import choose_inputs, choose_target, reject
+from .columns import Rows, listed
+from .dataset import Dataset
+from .images import channel_moments, load_images, match_channels
+from .preprocessing import IMAGE, TABLE, Preprocessing
+from .sources import open_source
+from .splits import TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, subset
+from .tables import Column, UnusableColumnError, encode_table, fit_column
+from .targets import Target, choose_task, encode_target, fit_target
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def load_dataset(
+    name: str | Path | datasets.Dataset | datasets.DatasetDict = "digits",
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    test_fraction: float = 0.2,
+    target: str | Sequence[str] | None = None,
+    features: str | Sequence[str] | None = None,
+    image: str | None = None,
+    task: str = "auto",
+    max_train_samples: int | None = None,
+    max_test_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """The training and the test set, on the CPU, with one `Preprocessing` fitted on the training rows.
+
+    Args:
+        name: `"digits"` (bundled); a folder that `datasets.load_dataset` or `load_from_disk` reads; a `.parquet`, `.csv`,
+            `.tsv`, `.json` or `.jsonl` file; a data set on the Hugging Face hub; or one that is loaded already.
+        config, revision: of a data set that has several.
+        train_split: by default `train`, or the only split there is.
+        test_split: by default the first of `test`, `validation`, `valid`, `dev` that exists; without one, test rows are
+            cut from the training split.
+        test_fraction: the share of rows to cut; which ones is a function of `seed` and the number of rows only.
+        target: the column to predict, or several numbers (a list, or separated by commas). By default the only ClassLabel
+            column; else a column called label, labels, target, targets, y or class; else the only one left to choose.
+        features: table columns to use; by default all that can be used, the others being reported by
+            `preprocessing.describe()`.
+        image: the image column, where there are several.
+        task: `classification`, `regression` or `auto`: class labels, words, booleans and integers with at most 100
+            distinct values are classes, other numbers are regression.
+        max_train_samples, max_test_samples: keep the first so many rows after a seeded shuffle, in their original order.
+        seed: of the cut and of the subsets.
+    Raises:
+        InputError: one line about what cannot be used.
+    """
+    for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
+        if value is not None and value < 1:
+            raise InputError(f"{what} (--{what.replace('_', '-')}) is {value}; allowed: 1 or more")
+    if seed < 0:
+        raise InputError(f"seed (--seed) is {seed}; allowed: 0 or more")
+    label, splits = open_source(name, config, revision)
+    every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed)
+    train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
+    test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
+
+    targets = choose_target(every, target)
+    for column in targets:
+        test.require(column)
+    fitted = fit_target(every, train, targets, choose_task(every, targets, task))
+    train_targets, test_targets = encode_target(fitted, train), encode_target(fitted, test)
+    column, table, left_out = choose_inputs(every, targets, features, image)
+    if column is not None:
+        test.require(column)
+        preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out)
+    else:
+        preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
+    return (
+        Dataset(label, train_inputs, train_targets, preprocessing),
+        Dataset(label, test_inputs, test_targets, preprocessing),
+    )
+
+
+def _split_rows(
+    splits: dict[str, datasets.Dataset], train_split: str | None, test_split: str | None, fraction: float, seed: int
+) -> tuple[Rows, Rows, Rows, list[str]]:
+    """All rows of the training split, the training and test rows, and notes."""
+    train_name, test_name = choose_splits(splits, train_split, test_split)
+    every = Rows.from_dataset(splits[train_name], f"split {train_name!r}")
+    if not len(every):
+        raise InputError(f"split {train_name!r} is empty")
+    if test_name is None:
+        train, test = (every.select(positions) for positions in cut(len(every), fraction, seed))
+        note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
+        return every, train, test, [note]
+    test = Rows.from_dataset(splits[test_name], f"split {test_name!r}")
+    if not len(test):
+        raise InputError(f"split {test_name!r} is empty")
+    return every, every, test, []
+
+
+def _keep(rows: Rows, chosen: np.ndarray | None) -> Rows:
+    """The chosen ones (counted among these rows, not from the start of the split)."""
+    if chosen is None:
+        return rows
+    return rows.select(chosen if rows.positions is None else rows.positions[chosen])
+
+
+def _images(train: Rows, test: Rows, column: str, target: Target, notes: list[str]) -> tuple[Preprocessing, Tensor, Tensor]:
+    pixels = load_images(train, column)  # [n, C, H, W]
+    test_pixels = load_images(test, column)
+    if pixels.shape[2:] != test_pixels.shape[2:]:
+        (height, width), (test_height, test_width) = pixels.shape[2:], test_pixels.shape[2:]
+        raise InputError(
+            f"column {column!r} holds images of mixed sizes, {width}x{height} in {train.row(0)} and "
+            f"{test_width}x{test_height} in {test.row(0)}; resize them to one size first"
+        )
+    test_pixels = match_channels(test_pixels, pixels.shape[1], test.where)
+    mean, std = channel_moments(pixels)
+    preprocessing = Preprocessing(IMAGE, tuple(pixels.shape[1:]), target, column, mean, std, notes=tuple(notes))
+    return preprocessing, pixels.flatten(1), test_pixels.flatten(1)
+
+
+def _table(
+    train: Rows, test: Rows, kinds: dict[str, str], target: Target, notes: list[str], named: bool
+) -> tuple[Preprocessing, Tensor, Tensor]:
+    columns: list[Column] = []
+    left_out = {}
+    for name, kind in kinds.items():
+        try:
+            columns.append(fit_column(train, name, kind))
+        except UnusableColumnError as error:
+            left_out[name] = str(error)
+    notes = notes + reject(left_out, named, train)
+    if not columns:
+        reasons = "".join(f"; {note}" for note in notes if note.startswith("left out"))
+        raise InputError(
+            f"no column of {train.where} can be a feature beside the target {listed(target.columns)}; "
+            f"columns: {listed(train.names)}{reasons}"
+        )
+    inputs, train_missing, _ = encode_table(tuple(columns), train)  # [N, K]
+    test_inputs, test_missing, test_unseen = encode_table(tuple(columns), test)
+    notes += _counts("missing values filled in training rows", train_missing)
+    notes += _counts("missing values filled in test rows", test_missing)
+    notes += _counts("values in test rows that training did not have", test_unseen)
+    preprocessing = Preprocessing(TABLE, (inputs.shape[1],), target, columns=tuple(columns), notes=tuple(notes))
+    return preprocessing, inputs, test_inputs
+
+
+def _counts(what: str, counts: Counter) -> list[str]:
+    return [f"{what}: " + listed(f"{name} {count}" for name, count in counts.items())] if counts else []

@@ -1,0 +1,266 @@
+"""How raw rows become inputs and outputs become predictions: fitted on training rows, stored with the model as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, listed, raw_column, rows_from
+from .images import convert_images, load_images, match_channels
+from .tables import Column, encode_table
+from .targets import CLASSIFICATION, REGRESSION, Target, encode_target
+
+IMAGE, TABLE, TENSORS = "image", "table", "tensors"
+FORMAT = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything between raw rows and a model's inputs, and between its outputs and predictions.
+
+    Of kind `image` (uint8 pixels, normalised by the mean and standard deviation of each channel over the training
+    images), `table` (columns, standardised and one-hot) or `tensors` (inputs as they were given).
+    """
+
+    kind: str
+    shape: tuple[int, ...]  # of one row of inputs: (C, H, W), (K,) or whatever the tensors have
+    target: Target
+    image: str = ""  # image: the column, and the statistics of its C channels, in units of 255
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    columns: tuple[Column, ...] = ()  # table
+    notes: tuple[str, ...] = ()  # what was found while the data was read: columns left out, values filled
+    _vectors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of one row."""
+        return math.prod(self.shape)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Names of the outputs: of the classes, or of the numbers predicted."""
+        return self.target.names
+
+    def encode(self, rows: Any) -> Tensor:
+        """Raw rows as inputs [M, K]: uint8 pixels (channels first, flattened) or float32 columns; then see `normalise`.
+
+        `rows` is a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset` with the columns of
+        training (others are ignored). Images may also come as a list of PIL images or arrays, or as one array or
+        tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to 255.
+        Raises InputError: a column missing or of another kind; images of another size; infinity.
+        """
+        if self.kind == TENSORS:
+            return self._encode_tensors(rows)
+        if self.kind == TABLE:
+            return encode_table(self.columns, rows_from(rows, [column.name for column in self.columns]))[0]
+        where = "the rows given"
+        if hasattr(rows, "with_format"):
+            pixels = load_images(rows_from(rows, [self.image]), self.image)
+        else:
+            pixels = convert_images(self._image_values(rows), self.image)
+        if not len(pixels):
+            return pixels.new_empty(0, self.in_features)
+        if tuple(pixels.shape[2:]) != self.shape[1:]:
+            (height, width), (trained_height, trained_width) = pixels.shape[2:], self.shape[1:]
+            raise InputError(f"{where} hold images of {width}x{height}; training had {trained_width}x{trained_height}")
+        return match_channels(pixels, self.shape[0], where).flatten(1)
+
+    def encode_targets(self, rows: Any) -> Tensor:
+        """Targets of raw rows (as for `encode`): class ids int64 [M], or standardised numbers float32 [M, T].
+
+        Raises InputError: the column missing; a target missing, infinite or of a class that training did not have.
+        """
+        if self.kind == TENSORS:
+            raise InputError("this model was trained on tensors, so its targets have no columns to be read from")
+        return encode_target(self.target, rows_from(rows, list(self.target.columns)))
+
+    def normalise(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Encoded inputs `[M, K]` as the model takes them: pixels `(u8 / 255 - mean) / std`; others change dtype only."""
+        if self.kind != IMAGE:
+            return inputs.to(dtype)
+        # Half precision would lose what the mean and the scale need: there the arithmetic is in float32.
+        working = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        scale, shift = self._scale_and_shift(inputs.device, working)
+        if inputs.device.type not in ("cpu", "cuda"):  # those two read uint8 in the same pass, which saves one
+            inputs = inputs.to(working)
+        return torch.addcmul(shift, inputs, scale).to(dtype)  # [M, K]
+
+    def unstandardise(self, outputs: Tensor) -> Tensor:
+        """Predictions [..., T] in the target's own units; class scores are returned as they are."""
+        if self.target.task == CLASSIFICATION or not self.target.mean:
+            return outputs
+        mean, std = (torch.tensor(v, dtype=outputs.dtype, device=outputs.device) for v in (self.target.mean, self.target.std))
+        return outputs * std + mean
+
+    def describe(self) -> list[str]:
+        """What was found in the data and what is done with it, in lines for people."""
+        lines = []
+        if self.kind == IMAGE:
+            channels, height, width = self.shape
+            colour = "grey" if channels == 1 else "colour"
+            statistics = f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+            lines.append(f"images: {width}x{height} {colour}, column {self.image!r}, {statistics}")
+        elif self.kind == TABLE:
+            lines.append(
+                f"features: {len(self.columns)} columns as {self.in_features} inputs: {listed(map(_column, self.columns))}"
+            )
+        else:
+            lines.append(f"inputs: tensors of shape {list(self.shape)}")
+        name = f"column {', '.join(map(repr, self.target.columns))}, " if self.target.columns else ""
+        if self.target.task == CLASSIFICATION:
+            lines.append(f"target: {name}{self.target.outputs} classes: {listed(self.target.names, 10)}")
+        else:
+            statistics = (
+                f"mean {_numbers(self.target.mean)}, std {_numbers(self.target.std)}" if self.target.mean else "as given"
+            )
+            lines.append(f"target: {name}{self.target.outputs} number{'s' * (self.target.outputs > 1)}, {statistics}")
+        return lines + list(self.notes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, which `from_json` turns into an equal object."""
+        content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k != "_vectors"}}
+        content["target"] = asdict(self.target)
+        content["columns"] = [asdict(column) for column in self.columns]
+        return {k: _as_lists(v) for k, v in content.items()}
+
+    @classmethod
+    def from_json(cls, content: Any) -> Preprocessing:
+        """The preprocessing that `to_json` described; InputError says what is wrong with any other content."""
+        content = _fields(content, {"format": int, **_TYPES}, "preprocessing")
+        _require(content.pop("format") == FORMAT, f"format is not {FORMAT}; it was written by another version")
+        content["target"] = Target(**_fields(content["target"], _TARGET_TYPES, "target"))
+        content["columns"] = tuple(Column(**_fields(column, _COLUMN_TYPES, "column")) for column in content["columns"])
+        self = cls(**content)
+        self._validate()
+        return self
+
+    def _validate(self) -> None:
+        target = self.target
+        _require(self.kind in (IMAGE, TABLE, TENSORS), f"kind {self.kind!r} is unknown")
+        _require(target.task in (CLASSIFICATION, REGRESSION), f"task {target.task!r} is unknown")
+        _require(all(size > 0 for size in self.shape) and target.outputs > 0, "a size is zero")
+        _statistics(target.mean, target.std, (0, target.outputs) if target.task == REGRESSION else (0,), "target")
+        _require(not target.columns or len(target.classes or target.mean) == target.outputs, "target has no classes or mean")
+        if self.kind == IMAGE:
+            _require(len(self.shape) == 3 and self.shape[0] in (1, 3), f"shape {list(self.shape)} is not [1 or 3, H, W]")
+            _statistics(self.mean, self.std, (self.shape[0],), "image")
+        if self.kind == TABLE:
+            for column in self.columns:
+                _require(column.kind in (NUMBER, BOOLEAN, VECTOR, CATEGORY), f"column kind {column.kind!r} is unknown")
+                wide = (1,) if column.kind in (NUMBER, BOOLEAN) else None
+                if column.kind == CATEGORY:
+                    wide = (1,) if len(column.categories) == 2 else (0,)
+                _statistics(column.mean, column.std, wide, f"column {column.name!r}")
+                _require(column.width > 0, f"column {column.name!r} gives no inputs")
+            _require(self.shape == (sum(column.width for column in self.columns),), "shape and columns disagree")
+
+    def _scale_and_shift(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`1 / (255 std)` and `-mean / std` of every pixel, each [K]; made once a device and dtype."""
+        if (device, dtype) not in self._vectors:
+            area = self.shape[1] * self.shape[2]
+            mean, std = (torch.tensor(v, dtype=torch.float64).repeat_interleave(area) for v in (self.mean, self.std))
+            self._vectors[device, dtype] = tuple(v.to(device, dtype) for v in (1 / (255 * std), -mean / std))
+        return self._vectors[device, dtype]
+
+    def _image_values(self, rows: Any) -> Any:
+        """The images in raw rows, one by one."""
+        if isinstance(rows, Mapping) or hasattr(rows, "columns") or (isinstance(rows, list) and _all_rows(rows)):
+            return raw_column(rows, self.image, "the rows given")
+        if isinstance(rows, (Tensor, np.ndarray)) and rows.ndim == 2 and rows.shape[1] == self.in_features:
+            return rows.reshape(-1, *self.shape)
+        if (isinstance(rows, (Tensor, np.ndarray)) and rows.ndim in (3, 4)) or isinstance(rows, (list, tuple)):
+            return rows
+        shape = f" of shape {list(rows.shape)}" if hasattr(rows, "shape") else ""
+        raise InputError(f"the rows given are a {type(rows).__name__}{shape}; give rows, a list of images or an array [M, ...]")
+
+    def _encode_tensors(self, rows: Any) -> Tensor:
+        try:
+            inputs = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"the rows given are a {type(rows).__name__}; this model takes a tensor [M, ...]") from error
+        if tuple(inputs.shape[1:]) != self.shape:
+            raise InputError(
+                f"the rows given have shape {list(inputs.shape)}; this model takes [M, {', '.join(map(str, self.shape))}]"
+            )
+        return inputs if inputs.is_floating_point() else inputs.to(torch.float32)
+
+
+def _all_rows(values: list) -> bool:
+    """Whether these are dicts of columns, and not of one image each."""
+    return all(isinstance(value, Mapping) and not {"bytes", "path"} >= set(value) for value in values)
+
+
+def _column(column: Column) -> str:
+    if column.kind == CATEGORY:
+        return f"{column.name} ({listed(column.categories, 5)})"
+    return column.name if column.kind == NUMBER else f"{column.name} ({column.kind})"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return listed([f"{value:.6g}" for value in values], 5)
+
+
+def _as_lists(value: Any) -> Any:
+    """Tuples as lists, as JSON would have them."""
+    if isinstance(value, dict):
+        return {k: _as_lists(v) for k, v in value.items()}
+    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+# The JSON: a type for each field; a list of one type stands for a list of such values.
+_TARGET_TYPES = {
+    "task": str,
+    "columns": [str],
+    "names": [str],
+    "classes": [(str, int, bool)],
+    "mean": [float],
+    "std": [float],
+    "coded": bool,
+}
+_COLUMN_TYPES = {"name": str, "kind": str, "mean": [float], "std": [float], "categories": [str], "coded": bool}
+_TYPES = {
+    "kind": str,
+    "shape": [int],
+    "target": dict,
+    "image": str,
+    "mean": [float],
+    "std": [float],
+    "columns": [dict],
+    "notes": [str],
+}
+
+
+def _fields(content: Any, types: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The content of a JSON object with exactly these fields, lists as tuples."""
+    _require(isinstance(content, dict), f"{what} is no object")
+    _require(set(content) == set(types), f"{what} has fields {sorted(map(str, content))}, not {sorted(types)}")
+    out = {}
+    for name, kind in types.items():
+        value = content[name]
+        many = isinstance(kind, list)
+        _require(not many or isinstance(value, list), f"{what}: {name} is no list")
+        for item in value if many else [value]:
+            allowed = kind[0] if many else kind
+            right = isinstance(item, allowed) and (allowed is not int or not isinstance(item, bool))
+            _require(right, f"{what}: {name} holds {item!r}")
+        out[name] = tuple(value) if many else value
+    return out
+
+
+def _statistics(mean: tuple, std: tuple, lengths: tuple[int, ...] | None, what: str) -> None:
+    _require(len(mean) == len(std), f"{what}: mean and std differ in length")
+    _require(lengths is None or len(mean) in lengths, f"{what}: {len(mean)} statistics")
+    _require(all(map(math.isfinite, mean + std)) and all(s > 0 for s in std), f"{what}: a statistic is not finite or positive")
+
+
+def _require(right: bool, problem: str) -> None:
+    if not right:
+        raise InputError(f"stored preprocessing is broken: {problem}")

@@ -1,0 +1,217 @@
+"""Where splits come from: the bundled digits, a file, a folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..exceptions import InputError
+from .columns import listed, one_line
+
+BUNDLED = ("digits",)
+READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+HUB_TIMEOUT_SECONDS = 10.0
+
+
+def open_source(source: Any, config: str | None = None, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The data set's name, and its splits as `datasets.Dataset`s.
+
+    `source` is `"digits"`, a path to a file or folder, the name of a data set on the hub, or a data set already loaded.
+    Raises InputError: nothing of that name; unreadable content; the hub cannot be reached.
+    """
+    if not isinstance(source, (str, Path)):
+        _none_of("a loaded data set", config=config, revision=revision)
+        return _loaded(source)
+    name = str(source)
+    if name in BUNDLED:
+        _none_of(f"bundled data set {name!r}", config=config, revision=revision)
+        return name, _bundled(name)
+    path = Path(name).expanduser()
+    if name.strip() and path.exists():  # an empty name would be the current folder
+        _none_of(f"local data set {name!r}", revision=revision)
+        return path.resolve().name, _local(path, name, config)
+    looks_like_a_path = name.startswith((".", "/", "~")) or path.is_absolute() or path.suffix.lower() in READERS
+    if looks_like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"data set {name!r}: no such file or folder")
+    return name, _hub(name, config, revision)
+
+
+def _none_of(what: str, **options: str | None) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(f"{what} has no {option} {value!r}; leave {option} out")
+
+
+def _loaded(source: Any) -> tuple[str, dict[str, Any]]:
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        return source.info.dataset_name or "dataset", {str(source.split or "train"): source}
+    if isinstance(source, Mapping) and source and all(isinstance(split, datasets.Dataset) for split in source.values()):
+        name = next(iter(source.values())).info.dataset_name
+        return name or "dataset", {str(split): rows for split, rows in source.items()}
+    hint = "; load it without streaming: streamed rows have no stable index" if "Iterable" in type(source).__name__ else ""
+    raise InputError(
+        f"a {type(source).__name__} is no data set; give a name, a path, a datasets.Dataset or a DatasetDict{hint}"
+    )
+
+
+def _bundled(name: str) -> dict[str, Any]:
+    """Read into memory, so that nothing needs to be written anywhere."""
+    import datasets
+    import pyarrow.parquet as pq
+    from datasets.table import InMemoryTable
+
+    splits = {}
+    for split in ("train", "test"):
+        with (resources.files(__package__) / name / f"{split}.parquet").open("rb") as file:
+            splits[split] = datasets.Dataset(InMemoryTable(pq.read_table(file)))
+    return splits
+
+
+def _local(path: Path, name: str, config: str | None) -> dict[str, Any]:
+    import datasets
+
+    with _reading(name):
+        if path.is_file():
+            reader = READERS.get(path.suffix.lower())
+            if reader is None:
+                raise InputError(f"file {name!r} cannot be read; known endings: {', '.join(READERS)}")
+            if path.stat().st_size == 0:
+                raise InputError(f"file {name!r} is empty")
+            _none_of(f"file {name!r}", config=config)
+            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            # A path is taken for a pattern, where brackets and stars have a meaning.
+            return dict(datasets.load_dataset(reader, data_files=glob.escape(str(path.resolve())), **options))
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            _none_of(f"saved data set {name!r}", config=config)
+            return _loaded(datasets.load_from_disk(str(path)))[1]
+        return dict(datasets.load_dataset(str(path.resolve()), name=config))
+
+
+def _hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    """Ask for the data set first, once and briefly: `datasets` alone would retry for half a minute without a network."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError as error:
+        raise InputError(f"data set {name!r} is gated: accept its terms on the hub, then run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"data set {name!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"data set {name!r} is not on the hub (or is private), and there is no local file or folder of that name; "
+            f"bundled: {listed(BUNDLED)}"
+        ) from error
+    except Exception as error:
+        if not (_unreachable(error) or isinstance(error, HfHubHTTPError)):
+            raise InputError(f"data set {name!r} cannot be looked up on the hub: {one_line(error)}") from error
+        return _cached(name, config, revision, error)
+    with _reading(name, quiet=False):
+        return dict(datasets.load_dataset(name, name=config, revision=revision))
+
+
+def _cached(name: str, config: str | None, revision: str | None, reason: Exception) -> dict[str, Any]:
+    """The copy that an earlier download left, if there is one: the hub was asked and did not answer."""
+    import datasets
+    import huggingface_hub
+
+    was = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        with _quiet([]):
+            splits = dict(datasets.load_dataset(name, name=config, revision=revision))
+    except Exception:
+        splits = {}
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = was
+    # A download is kept under its commit. A local folder of the same name is kept nearby, and would be taken for it.
+    commits = {Path(file["filename"]).parent.name for rows in splits.values() for file in rows.cache_files}
+    downloaded = commits and all(re.fullmatch(r"[0-9a-f]{40}", commit) for commit in commits)
+    if downloaded and (revision is None or all(commit.startswith(revision) for commit in commits)):
+        return splits
+    offline = " (HF_HUB_OFFLINE is set)" if was[1] else f" ({one_line(reason, 100)})"
+    raise InputError(
+        f"cannot reach the Hugging Face hub to load {name!r}{offline}, and there is no local file or folder of that name; "
+        f"give a local folder or file, or one that is bundled: {listed(BUNDLED)}"
+    )
+
+
+@contextlib.contextmanager
+def _reading(name: str, quiet: bool = True) -> Iterator[None]:
+    """Turns whatever goes wrong while a data set is read into one line."""
+    import datasets
+
+    log: list[str] = []
+    try:
+        with _quiet(log) if quiet else contextlib.nullcontext():
+            yield
+    except InputError:
+        raise
+    except datasets.exceptions.DataFilesNotFoundError as error:
+        raise InputError(f"data set {name!r} holds no file that can be read; known: {', '.join(READERS)}, images") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        if _unreachable(error):
+            raise InputError(f"lost the Hugging Face hub while loading {name!r}: {one_line(error)}; try again") from error
+        # The message that says what is wrong is the innermost; the one that says in which file was only logged.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = one_line(cause)
+        if isinstance(cause, datasets.table.CastError):
+            text = f"its files differ in columns: {one_line(cause.details())}"
+        elif "converting to" in text or "as a scalar of type" in text:
+            text += " (the first rows set the type of each column, and later rows or files must have it)"
+        if "corresponds to no data" in text:
+            raise InputError(f"data set {name!r} has an empty split: {text}") from error
+        files = [Path(match[1]).name for line in log if (match := re.search(r"Failed to .* '([^']+)' with error", line))]
+        where = f" (file {files[0]!r})" if files and files[0] != Path(name).name else ""
+        raise InputError(f"data set {name!r} cannot be read{where}: {text}") from error
+
+
+@contextlib.contextmanager
+def _quiet(log: list[str]) -> Iterator[None]:
+    """Silences the progress bars and log lines of the Hugging Face libraries, keeping the latter in `log`; restores both."""
+    import datasets
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.append(record.getMessage())
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    bars = datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.handlers, logger.propagate = [Collector()], False
+        logger.setLevel(logging.ERROR)
+    if not bars:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a network that is down, slow or switched off is behind an error, whichever HTTP library raised it."""
+    names = {"ConnectionError", "TransportError", "Timeout", "OfflineModeIsEnabled", "TimeoutError", "gaierror"}
+    while error is not None:
+        if any(kind.__name__ in names for kind in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

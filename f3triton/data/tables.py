@@ -1,0 +1,149 @@
+"""Columns of a table as inputs: numbers standardised by training statistics, words one-hot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from .columns import CATEGORY, Rows, numbers, words
+
+MAX_CATEGORIES = 1000  # a column of words with more distinct ones is taken for free text
+
+
+class UnusableColumnError(ValueError):
+    """A column that cannot be an input; says why."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one column becomes inputs.
+
+    A number, a boolean (0/1) and each entry of a vector are standardised, `(x - mean) / std`; a missing one becomes the
+    training mean, that is 0. A category is one-hot, all zeros where missing or not seen in training; one of just two
+    categories is a single number, 0 or 1 in the order of `categories`, standardised like other numbers.
+    """
+
+    name: str
+    kind: str  # number, boolean, vector, category
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    categories: tuple[str, ...] = ()
+    coded: bool = False  # categories from a ClassLabel: raw rows may hold their integer ids
+
+    @property
+    def width(self) -> int:
+        """How many inputs the column gives."""
+        return len(self.mean) or len(self.categories)
+
+
+def fit_column(rows: Rows, name: str, kind: str) -> Column:
+    """Statistics or categories of a training column.
+
+    Raises `UnusableColumnError` (no values; free text) or InputError (infinity).
+    """
+    if kind == CATEGORY:
+        return _fit_category(rows, name)
+    mean, std = moments(_finite(numbers(rows, name), rows, name), rows, name)
+    return Column(name, kind, mean, std)
+
+
+def moments(values: np.ndarray, rows: Rows, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation (1 for a constant) of each column of `[n, width]`, leaving out NaN."""
+    present = ~np.isnan(values)
+    if not present.any(axis=0).all():
+        raise UnusableColumnError("no values")
+    # Arithmetic on large values may overflow; it is caught just below, with a message that names the column.
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise InputError(f"column {name!r} of {rows.where} holds values too large to standardise; scale them down")
+    # Rounding leaves a constant column a tiny spread that would blow up differences from it.
+    constant = np.nanmax(values, axis=0) == np.nanmin(values, axis=0)
+    mean = np.where(constant, np.nanmax(values, axis=0), mean)
+    std = np.where(constant | (std == 0), 1.0, std)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def encode_table(columns: tuple[Column, ...], rows: Rows) -> tuple[Tensor, Counter, Counter]:
+    """Inputs [n, K] float32, and for each column how many missing values were filled and how many words were unseen."""
+    out = np.empty((len(rows), sum(column.width for column in columns)), dtype=np.float32)
+    missing: Counter = Counter()
+    unseen: Counter = Counter()
+    at = 0
+    for column in columns:
+        rows.require(column.name)
+        if column.kind == CATEGORY:
+            values, missing[column.name], unseen[column.name] = _encode_category(column, rows)
+        else:
+            values = _finite(numbers(rows, column.name), rows, column.name)  # [n, width]
+            if values.shape[1] != column.width and not np.isnan(values).all():
+                raise InputError(
+                    f"column {column.name!r} of {rows.where} holds {values.shape[1]} values a row; training had {column.width}"
+                )
+            missing[column.name] = int(np.isnan(values).sum())
+        if column.mean:
+            values = standardise(values, column.mean, column.std)
+        with np.errstate(over="ignore"):
+            out[:, at : at + column.width] = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        _finite(out[:, at : at + column.width], rows, column.name)
+        at += column.width
+    return torch.from_numpy(out), +missing, +unseen
+
+
+def standardise(values: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """`(values - mean) / std` in float64."""
+    return (values - np.asarray(mean)) / np.asarray(std)
+
+
+def _fit_category(rows: Rows, name: str) -> Column:
+    import pyarrow.compute as pc
+
+    column = words(rows, name)
+    present = column.drop_null()
+    if not len(present):
+        raise UnusableColumnError("no values")
+    names = rows.class_names.get(name)
+    categories = tuple(names) if names else tuple(sorted(pc.unique(present).to_pylist()))
+    if len(categories) > MAX_CATEGORIES or (not names and len(categories) > 10 and 2 * len(categories) > len(present)):
+        raise UnusableColumnError(f"free text, {len(categories)} distinct values in {len(present)} rows")
+    fitted = Column(name, CATEGORY, categories=categories, coded=bool(names))
+    if len(categories) != 2:
+        return fitted
+    mean, std = moments(_codes(categories, column)[:, None], rows, name)
+    return Column(name, CATEGORY, mean, std, categories, bool(names))
+
+
+def _encode_category(column: Column, rows: Rows) -> tuple[np.ndarray, int, int]:
+    """Values [n, width] (NaN where there is none, for two categories), missing, unseen."""
+    text = words(rows, column.name, column.categories if column.coded else ())
+    codes = _codes(column.categories, text)  # [n]
+    missing = text.null_count
+    unseen = int(np.isnan(codes).sum()) - missing
+    if column.mean:
+        return codes[:, None], missing, unseen
+    return (codes[:, None] == np.arange(len(column.categories))).astype(np.float64), missing, unseen
+
+
+def _codes(categories: tuple[str, ...], text: object) -> np.ndarray:
+    """The position of each word among the categories, [n] float64; NaN where it is missing or not among them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.index_in(text, value_set=pa.array(categories, pa.string()), skip_nulls=True)
+    return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def _finite(values: np.ndarray, rows: Rows, name: str) -> np.ndarray:
+    """The values; InputError that names the row where one is infinite. NaN passes: it stands for a missing value."""
+    infinite = np.isinf(values).any(axis=1)
+    if infinite.any():
+        at = int(infinite.argmax())
+        raise InputError(
+            f"column {name!r} holds infinity (or a value beyond float32) in {rows.row(at)}; features must be finite"
+        )
+    return values

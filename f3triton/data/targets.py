@@ -1,0 +1,173 @@
+"""What is predicted: classes or standardised numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, kind_of, listed, numbers, words
+from .tables import UnusableColumnError, moments, standardise
+
+CLASSIFICATION, REGRESSION = "classification", "regression"
+TASKS = ("auto", CLASSIFICATION, REGRESSION)
+MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
+
+
+@dataclass(frozen=True)
+class Target:
+    """How target columns become targets. `classes` (strings, integers or booleans) or `mean` and `std`, by the task."""
+
+    task: str
+    columns: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of the outputs: [C] class names or [T] names of numbers
+    classes: tuple[str | int | bool, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    coded: bool = False  # classes from a ClassLabel: raw rows may hold their integer ids
+
+    @property
+    def outputs(self) -> int:
+        """Classes, or numbers predicted."""
+        return len(self.names)
+
+
+def choose_task(rows: Rows, columns: list[str], task: str) -> str:
+    """The task that target columns set, where `task` is "auto"; InputError where they do not allow the one asked for.
+
+    Auto: ClassLabel, words and booleans are classes; integers are classes up to 100 distinct training values; other
+    numbers, lists of numbers, and several columns are regression.
+    """
+    if task not in TASKS:
+        raise InputError(f"task {task!r} is unknown; allowed: {', '.join(TASKS)}")
+    kinds = {}
+    for name in columns:
+        kinds[name], reason = kind_of(rows, name)
+        if kinds[name] == "pixels":  # a small matrix of integers is numbers here
+            kinds[name] = VECTOR
+        if kinds[name] not in (CATEGORY, BOOLEAN, NUMBER, VECTOR):
+            raise InputError(f"target column {name!r} cannot be predicted: {reason or 'it holds images'}")
+    if task == REGRESSION or (task == "auto" and len(columns) > 1):
+        for name, kind in kinds.items():
+            if kind == CATEGORY:
+                raise InputError(
+                    f"target column {name!r} holds class names, and regression needs numbers; use task classification"
+                )
+        return REGRESSION
+    if task == CLASSIFICATION and (len(columns) > 1 or kinds[columns[0]] == VECTOR):
+        raise InputError(f"classification needs one target column with one class a row; got {listed(columns)}")
+    kind = kinds[columns[0]]
+    if task == CLASSIFICATION or kind in (CATEGORY, BOOLEAN):
+        return CLASSIFICATION
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    few = (
+        pa.types.is_integer(rows.type(columns[0])) and pc.count_distinct(rows.column(columns[0])).as_py() <= MAX_INTEGER_CLASSES
+    )
+    return CLASSIFICATION if few else REGRESSION
+
+
+def fit_target(every: Rows, train: Rows, columns: list[str], task: str) -> Target:
+    """The target's classes, from `every` row that training could have had, or its statistics, from the rows it has.
+
+    Taking classes from `every` row keeps a subset or a random split from changing the width of the model.
+    Raises InputError: a target missing, infinite or of the wrong kind; a single class.
+    """
+    if task == REGRESSION:
+        values = _target_numbers(train, columns)  # [n, T]
+        names: list[str] = []
+        for name in columns:
+            width = numbers(train, name).shape[1] if len(columns) > 1 else values.shape[1]
+            names += [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
+        try:
+            mean, std = moments(values, train, columns[0])
+        except UnusableColumnError as error:
+            raise InputError(f"target {listed(columns)} of {train.where} has {error}") from error
+        return Target(task, tuple(columns), tuple(names), mean=mean, std=std)
+    name = columns[0]
+    classes: tuple = tuple(every.class_names.get(name, ()))
+    coded = bool(classes)
+    if not classes:
+        kind, _ = kind_of(every, name)
+        if kind == CATEGORY:
+            text = words(every, name)
+            _require_all(np.asarray(text.is_null()), every, name)
+            classes = tuple(sorted(set(text.to_pylist())))
+        else:
+            distinct = np.unique(_class_numbers(every, name))
+            classes = tuple(bool(v) if kind == BOOLEAN else int(v) for v in distinct)
+    target = Target(task, (name,), tuple(str(c) for c in classes), classes=classes, coded=coded)
+    ids = encode_target(target, train).unique()
+    if len(ids) < 2:
+        raise InputError(
+            f"target column {name!r} of {train.where} holds one class only ({target.names[int(ids[0])]}); training needs two "
+            "or more"
+        )
+    return target
+
+
+def encode_target(target: Target, rows: Rows) -> Tensor:
+    """Targets of rows: class ids int64 [n], or standardised numbers float32 [n, T].
+
+    Raises InputError: a target missing or infinite; a class that training did not have.
+    """
+    for name in target.columns:
+        rows.require(name)
+    if target.task == REGRESSION:
+        values = _target_numbers(rows, list(target.columns))
+        if values.shape[1] != target.outputs:
+            raise InputError(f"target of {rows.where} has {values.shape[1]} numbers a row; training had {target.outputs}")
+        return torch.from_numpy(standardise(values, target.mean, target.std).astype(np.float32))
+    name = target.columns[0]
+    if isinstance(target.classes[0], str):
+        text = words(rows, name, target.classes if target.coded else ())
+        _require_all(np.asarray(text.is_null()), rows, name)
+        values = np.asarray(text.to_pylist(), dtype=object)
+    else:
+        values = _class_numbers(rows, name)
+    position = {value: i for i, value in enumerate(target.classes)}
+    ids = np.asarray([position.get(value, -1) for value in values.tolist()], dtype=np.int64)
+    if len(ids) and ids.min() < 0:
+        at = int(ids.argmin())
+        value = values[at] if isinstance(values[at], str) else int(values[at])
+        raise InputError(
+            f"target column {name!r} holds class {value!r} in {rows.row(at)}, which no training row has; "
+            f"classes in training: {listed(target.names)}"
+        )
+    return torch.from_numpy(ids)
+
+
+def _target_numbers(rows: Rows, columns: list[str]) -> np.ndarray:
+    """Target columns side by side, float64 [n, T], all finite."""
+    parts = []
+    for name in columns:
+        values = numbers(rows, name)
+        _require_all(np.isnan(values).any(axis=1), rows, name)
+        infinite = np.isinf(values).any(axis=1)
+        if infinite.any():
+            raise InputError(f"target column {name!r} is infinite in {rows.row(int(infinite.argmax()))}; drop such rows first")
+        parts.append(values)
+    return np.concatenate(parts, axis=1)
+
+
+def _class_numbers(rows: Rows, name: str) -> np.ndarray:
+    """A column of whole numbers (or booleans) as float64 [n]; InputError where one is not whole."""
+    values = _target_numbers(rows, [name])[:, 0]
+    broken = values != np.floor(values)
+    if broken.any():
+        at = int(broken.argmax())
+        raise InputError(
+            f"target column {name!r} holds {values[at]:g} in {rows.row(at)}, which is no class (classes are whole numbers or "
+            "words); use task regression"
+        )
+    return values
+
+
+def _require_all(missing: np.ndarray, rows: Rows, name: str) -> None:
+    if missing.any():
+        hint = " (label -1 stands for none; choose a split that has labels)" if name in rows.class_names else ""
+        raise InputError(f"target column {name!r} is missing in {rows.row(int(missing.argmax()))}; drop such rows first{hint}")

@@ -1,0 +1,207 @@
+"""The reference operations against autograd and torch.optim in float64, and the torch backend against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from f3triton.kernels import SGD, Adam, AdamW, eager, new_moments, reference
+from torch.nn import functional
+
+ACTIVATIONS = reference.ACTIVATIONS
+TORCH_ACTIVATIONS = {
+    "identity": lambda a: a,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu-tanh": lambda a: functional.gelu(a, approximate="tanh"),
+    "silu": functional.silu,
+}
+RULES = {
+    "sgd": SGD(lr=0.1),
+    "sgd-decay": SGD(lr=0.1, weight_decay=0.02),
+    "momentum": SGD(lr=0.1, momentum=0.9, weight_decay=0.02),
+    "nesterov": SGD(lr=0.1, momentum=0.9, nesterov=True),
+    "adam": Adam(lr=0.03),
+    "adam-decay": Adam(lr=0.03, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "adamw": AdamW(lr=0.03, weight_decay=0.1),
+}
+SHAPES = [(1, 1, 1, 1), (7, 5, 3, 2), (50, 64, 33, 10)]  # M, K, N, C
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def case(m: int, k: int, n: int, c: int) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, error, feedback."""
+    return random(m, k), random(n, k, seed=1), random(n, seed=2), random(m, c, seed=3), random(c, n, seed=4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_slope_are_those_of_autograd(activation: str) -> None:
+    a = random(200).mul(3).requires_grad_()
+    h = TORCH_ACTIVATIONS[activation](a)
+    (slope,) = torch.autograd.grad(h.sum(), a)
+    torch.testing.assert_close(reference.activate(a.detach(), activation), h.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(reference.activation_slope(a.detach(), activation), slope, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hidden_gradient_is_autograd_seeded_with_e_b(activation: str, shape: tuple[int, ...]) -> None:
+    x, weight, bias, error, feedback = case(*shape)
+    leaves = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    h = TORCH_ACTIVATIONS[activation](functional.linear(x, *leaves))
+    expected = torch.autograd.grad(h, leaves, 0.5 * error @ feedback)
+    ours, delta = reference.linear_forward(x, weight, bias, activation, error, feedback, scale=0.5)
+    torch.testing.assert_close(ours, h.detach())
+    for got, wanted in zip(reference.outer_product(delta, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("ops", [reference, eager], ids=["reference", "eager"])
+def test_rules_are_those_of_torch_optim(name: str, ops: object) -> None:
+    rule = RULES[name]
+    ours, theirs = random(6, 5), random(6, 5).requires_grad_()
+    settings = {"lr": rule.lr, "weight_decay": rule.weight_decay}
+    if isinstance(rule, SGD):
+        optimizer = torch.optim.SGD([theirs], momentum=rule.momentum, nesterov=rule.nesterov, **settings)
+    else:
+        kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
+        optimizer = kind([theirs], betas=rule.betas, eps=rule.eps, **settings)
+    moments = new_moments(ours, rule)
+    for step in range(1, 8):
+        theirs.grad = random(6, 5, seed=10 + step)
+        lr = rule.lr / step
+        optimizer.param_groups[0]["lr"] = lr
+        ops.update_(ours, theirs.grad.clone(), moments, rule, lr, step)
+        optimizer.step()
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_eager_step_equals_reference(rule: object, bias: bool) -> None:
+    x, weight, b, error, feedback = case(50, 64, 33, 10)
+    b = b if bias else None
+    states = []
+    for ops in (reference, eager):
+        w, own = weight.clone(), None if b is None else b.clone()
+        moments = new_moments(w, rule), () if own is None else new_moments(own, rule)
+        for step in (1, 2, 3):
+            h = ops.linear_step_(x, w, own, error, feedback, rule, *moments, rule.lr, step, "tanh", 0.1)
+        states.append([h, w, *([] if own is None else [own]), *moments[0], *moments[1]])
+    for got, wanted in zip(states[1], states[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_eager_forward_equals_reference(activation: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        arguments = case(*shape)
+        wanted = reference.linear_forward(arguments[0], *arguments[1:3], activation, *arguments[3:], scale=2.0)
+        x, weight, bias, error, feedback = (tensor.to(dtype) for tensor in arguments)
+        got = eager.linear_forward(x, weight, bias, activation, error, feedback, scale=2.0)
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+        torch.testing.assert_close(eager.linear_forward(x, weight, bias, activation), got[0])
+
+
+def test_large_weight_is_updated_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, error, feedback = case(50, 64, 33, 10)
+    ends = []
+    for scratch in (1 << 20, 64 * 7):  # all rows at once; seven rows at a time, with a ragged last part
+        monkeypatch.setattr(eager, "SCRATCH", scratch)
+        w, b, rule = weight.clone(), bias.clone(), Adam(lr=0.1)
+        moments = new_moments(w, rule), new_moments(b, rule)
+        eager.linear_step_(x, w, b, error, feedback, rule, *moments, 0.1, 1, "relu")
+        ends.append((w, b))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_backward_update_uses_the_old_weight() -> None:
+    x, weight, bias, _, _ = case(9, 6, 5, 2)
+    delta = random(9, 5, seed=8)
+    for ops in (reference, eager):
+        w, b = weight.clone(), bias.clone()
+        dx = ops.linear_backward_update_(w, b, delta, x, SGD(lr=0.5), (), (), 0.5, 1)
+        torch.testing.assert_close(dx, delta @ weight)
+        torch.testing.assert_close(w, weight - 0.5 * delta.T @ x)
+        torch.testing.assert_close(b, bias - 0.5 * delta.sum(0))
+
+
+# --- the last layer ---------------------------------------------------------------------------------------------------
+
+
+def target_for(loss: str, m: int, c: int) -> torch.Tensor:
+    return random(m, c, seed=6) if loss == "mse" else functional.one_hot(torch.arange(m) % c, c).double()
+
+
+def autograd_loss(output: torch.Tensor, target: torch.Tensor, loss: str) -> torch.Tensor:
+    """torch's loss of the network's output as the loss sees it."""
+    if loss == "bce":
+        return functional.binary_cross_entropy(output, target)
+    return functional.cross_entropy(output, target) if loss == "cross-entropy" else functional.mse_loss(output, target)
+
+
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_loss_and_gradient_are_those_of_autograd(loss: str) -> None:
+    a, target = random(12, 5).requires_grad_(), target_for(loss, 12, 5)
+    value = autograd_loss(reference.output_of(a, loss), target, loss)
+    (gradient,) = torch.autograd.grad(value, a)
+    torch.testing.assert_close(reference.loss_of(a.detach(), target, loss), value.detach())
+    torch.testing.assert_close(reference.loss_gradient(a.detach(), target, loss), gradient)
+
+
+@pytest.mark.parametrize("link", reference.LINKS)
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_delayed_loss_is_the_gradient_at_the_output(loss: str, link: str) -> None:
+    a, target = random(12, 5), target_for(loss, 12, 5)
+    if loss == "bce" and link == "auto":
+        link = "identity"
+    output = reference.output_of(a, loss).requires_grad_()
+    linked = {"sigmoid": torch.sigmoid, "softmax": lambda o: torch.softmax(o, -1)}.get(link, lambda o: o)(output)
+    (gradient,) = torch.autograd.grad(autograd_loss(linked, target, loss), output)
+    torch.testing.assert_close(reference.error_signal(a, target, loss, "delayed-loss", link), -gradient)
+
+
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_auto_link_is_the_prediction(loss: str) -> None:
+    a, target = random(12, 5), target_for(loss, 12, 5)
+    prediction = {"bce": torch.sigmoid(a), "cross-entropy": torch.softmax(a, -1), "mse": a}[loss]
+    torch.testing.assert_close(reference.error_signal(a, target, loss, "delayed-error"), target - prediction)
+    torch.testing.assert_close(reference.error_signal(a, target, loss, "current-error-sign"), (target - prediction).sign())
+    assert torch.equal(reference.error_signal(a, target, loss, "target"), target)
+    assert not reference.error_signal(a, target, loss, "none").any()
+
+
+def test_softmax_link_goes_on_top_of_the_sigmoid() -> None:
+    a, target = random(12, 5), target_for("bce", 12, 5)
+    expected = target - torch.softmax(torch.sigmoid(a), -1)
+    torch.testing.assert_close(reference.error_signal(a, target, "bce", "delayed-error", "softmax"), expected)
+
+
+@pytest.mark.parametrize("source", reference.SOURCES)
+@pytest.mark.parametrize("link", reference.LINKS)
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_eager_output_step_equals_reference(loss: str, link: str, source: str) -> None:
+    for targets in (target_for(loss, 12, 5), random(12, 5, seed=9).sigmoid()):  # one-hot or real; soft
+        a = random(12, 5) * 3
+        got, wanted = (ops.output_step(a, targets, loss, source, link) for ops in (eager, reference))
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross-entropy"])
+def test_a_confident_output_keeps_loss_and_gradient_finite(loss: str) -> None:
+    a = torch.tensor([[200.0, -200.0]])
+    target = torch.tensor([[0.0, 1.0]])
+    value, correct, gradient, error = eager.output_step(a, target, loss, "delayed-error")
+    assert torch.isfinite(torch.stack([value, *gradient.flatten(), *error.flatten()])).all()
+    assert float(value) == pytest.approx({"bce": 200, "cross-entropy": 400}[loss])
+    assert int(correct) == 0

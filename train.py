@@ -1,0 +1,370 @@
+"""Train a network with F3, or with one of its peers, on any Hugging Face data set: `python train.py --help`.
+
+Reads from top to bottom: options, data, model, training, report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from f3triton.kernels.dispatch import BACKENDS
+from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
+
+import f3triton as f3
+from f3triton.budget import describe, mlp_budget
+from f3triton.data import Dataset
+from f3triton.engine import Diverged, evaluate
+from f3triton.feedback import LAWS
+from f3triton.report import Console, shown
+from f3triton.rules import RULES, make_rule
+from f3triton.runs import FORMAT, RunFolder, read_json
+from f3triton.schedules import SCHEDULES
+from f3triton.signals import METHODS, resolve_loss
+from f3triton.summary import summarise, versions
+from f3triton.trainer import PRECISIONS, FitResult, Record, Trainer, matmul_precision, pick_device, test_record
+
+
+class Parser(argparse.ArgumentParser):
+    """One line and exit code 2 for a bad option, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train.py: error: {message} (python train.py --help shows all options)\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to every option's help, but for those that say it themselves."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description="Train a neural network with no backward pass (F3), or with one of its peers.",
+        epilog="With no options: F3 on the bundled handwritten digits, and backpropagation beside it.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="digits", metavar="NAME", help="digits (bundled), hub name, folder, or parquet/csv/json file")
+    add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
+    add("--revision", help="revision of a hub data set")
+    add("--train-split", metavar="NAME", help="split to train on; default: train")
+    add("--test-split", metavar="NAME", help="split to test on; default: test, validation, or a part of the training split")
+    add("--test-fraction", type=float, default=0.2, metavar="F", help="that part's size, drawn by the seed")
+    add("--target", metavar="COLUMN", help="column to predict (several, with commas, in regression); default: by type and name")
+    add("--features", nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
+    add("--image", metavar="COLUMN", help="image column; default: by type")
+    add("--task", choices=("auto", "classification", "regression"), default="auto", help="auto: by the target's type")
+    add("--max-train-samples", type=int, metavar="N", help="train on N samples drawn by the seed; default: all")
+    add("--max-test-samples", type=int, metavar="N", help="test on N samples drawn by the seed; default: all")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=("mlp",), default="mlp", help="kind of network")
+    add("--hidden", type=int, nargs="+", default=[500], metavar="N", help="units of each hidden layer")
+    add("--activation", choices=ACTIVATIONS, default="tanh", help="of the hidden layers")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="f3", help="f3, its peers, bp (backpropagation), last-layer (others stay random)")
+    add("--signal", choices=SOURCES, help="what teaches the hidden layers; default: the method's own (f3: delayed-error)")
+    add("--link", choices=LINKS, default="auto", help="of the output, before the error is taken; auto: the loss's own")
+    add("--mask-target", action="store_true", help="multiply the error by the one-hot target")
+    add("--feedback", default="trinomial", metavar="LAW", help=f"law of the feedback matrices: {', '.join(LAWS)}")
+    add("--feedback-values", type=float, nargs="+", metavar="V", help="of discrete-uniform, cartesian-product; default: -1 0 1")
+    add("--feedback-scale", type=number_or_word, default=1.0, metavar="S", help="factor: a number, ones, zeros or 1/C")
+    add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--loss", choices=("auto", *LOSSES), default="auto", help="auto: bce for classification, mse for regression")
+    add("--optimizer", choices=tuple(RULES), default="adam", help="update rule")
+    add("--lr", type=float, help="learning rate; default: 5e-4 for adam and adamw, 1e-2 for sgd")
+    add("--momentum", type=float, help="of sgd; default: 0")
+    add("--nesterov", action="store_true", help="Nesterov momentum, of sgd")
+    add("--weight-decay", type=float, help="default: 1e-2 for adamw, else 0")
+    add("--lr-schedule", choices=SCHEDULES, default="cosine", help="of the learning rate, after the warmup")
+    add("--warmup-steps", type=int, default=0, metavar="N", help="steps of linear warmup")
+    add("--epochs", type=int, default=100, help="visits of every sample")
+    add("--batch-size", type=int, default=50, metavar="N", help="samples a step")
+    add("--eval-batch-size", type=int, default=1000, metavar="N", help="samples at once in evaluation")
+    add("--seed", type=int, default=0, help="of weights, feedback, sample order and splits")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--backend", choices=BACKENDS, default="auto", help="implementation of the layers")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the matrix products; weights are float32 or float64")
+    add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
+    add("--overwrite", action="store_true", help="write over a run in the output folder")
+    add("--eval-every", type=int, default=1, metavar="N", help="epochs between evaluations")
+    add(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="train the same network by backpropagation too; default: only where no option is given",
+    )
+    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
+    add("--evaluate", metavar="FOLDER", help="evaluate the model in a run's folder on its test data, and stop")
+    return parser
+
+
+# --- data, model, training --------------------------------------------------------------------------------------------
+
+
+def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    return f3.load_dataset(
+        options.dataset,
+        config=options.dataset_config,
+        revision=options.revision,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        test_fraction=options.test_fraction,
+        target=options.target,
+        features=options.features,
+        image=options.image,
+        task=options.task,
+        max_train_samples=options.max_train_samples,
+        max_test_samples=options.max_test_samples,
+        seed=options.seed,
+    )
+
+
+def feedback_and_rule(options: argparse.Namespace) -> tuple[f3.Feedback, f3.Adam | f3.SGD]:
+    rule = make_rule(
+        options.optimizer,
+        lr=options.lr,
+        momentum=options.momentum,
+        nesterov=options.nesterov or None,
+        weight_decay=options.weight_decay,
+    )
+    return f3.Feedback(options.feedback, options.feedback_values, options.feedback_scale), rule
+
+
+def make_trainer(options: argparse.Namespace, sizes: list[int], method: str, signal: str | None) -> Trainer:
+    """The network and its trainer: the same first weights for the same seed, whatever the method."""
+    feedback, rule = feedback_and_rule(options)
+    torch.manual_seed(options.seed)
+    return Trainer(
+        f3.models.MLP(sizes, options.activation, feedback),
+        options.loss,
+        rule,
+        method=method,
+        signal=signal,
+        link=options.link,
+        mask_target=options.mask_target,
+        hidden_scale=options.hidden_scale,
+        lr_schedule=options.lr_schedule,
+        warmup_steps=options.warmup_steps,
+        batch_size=options.batch_size,
+        eval_batch_size=options.eval_batch_size,
+        seed=options.seed,
+        device=options.device,
+        backend=options.backend,
+        precision=options.precision,
+    )
+
+
+def fit(
+    trainer: Trainer,
+    options: argparse.Namespace,
+    data: tuple[Dataset, Dataset],
+    on_record: Callable[[Record], None] | None = None,
+) -> FitResult:
+    train_set, test_set = data
+    console = Console(options.quiet, options.epochs, len(train_set), trainer.method)
+
+    def record(figures: Record) -> None:
+        console.record(figures)
+        if on_record is not None:
+            on_record(figures)
+
+    try:
+        return trainer.fit(
+            train_set, options.epochs, test_set, eval_every=options.eval_every, on_record=record, on_step=console.step
+        )
+    finally:
+        console.close()
+
+
+def train(options: argparse.Namespace, compare: bool) -> None:
+    began = time.perf_counter()
+    say = (lambda line: None) if options.quiet else lambda line: print(line, flush=True)
+    feedback_and_rule(options)  # what needs no data is checked before it is read
+    pick_device(options.device)
+    if options.output_dir:
+        RunFolder.check(options.output_dir, options.overwrite)
+
+    data = train_set, test_set = load_data(options)
+    say(f"{train_set.name}: {len(train_set):,} training and {len(test_set):,} test samples")
+    for line in train_set.preprocessing.describe():
+        say(f"  {line}")
+
+    sizes = [train_set.in_features, *options.hidden, train_set.outputs]
+    trainer = make_trainer(options, sizes, options.method, options.signal)
+    trainer.check(train_set, test_set, options.epochs, options.eval_every)
+    say(f"MLP {'-'.join(map(str, sizes))}, {trainer.describe()}")
+    if options.dry_run:
+        batch, itemsize = min(options.batch_size, len(train_set)), 8 if options.precision == "float64" else 4
+        data_bytes = sum(tensor.nbytes for part in data for tensor in (part.inputs, part.targets))
+        budget = mlp_budget(sizes, batch, len(train_set), trainer.rule, trainer.signal, itemsize, data_bytes)
+        print("\n".join(describe(budget)))
+        return
+
+    folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
+    folder.require_space(trainer.model)
+    config = {
+        "format": FORMAT,
+        "network": trainer.model.config(),
+        "loss": resolve_loss(options.loss, train_set.task),
+        "preprocessing": train_set.preprocessing.to_json(),
+        "options": vars(options),
+        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+        "versions": versions(),
+    }
+    folder.write_json("config.json", config)
+    folder.save_model(trainer.model)  # what is kept should the first epoch diverge
+
+    def keep(record: Record) -> None:
+        folder.append_metrics(record)
+        folder.save_model(trainer.model)
+
+    try:
+        result = fit(trainer, options, data, keep)
+    except Diverged as error:
+        result = trainer.result
+        result.status = "diverged"
+        finish(folder, trainer, data, result, began)
+        kept = f"of epoch {result.history[-1]['epoch']}" if result.history else "from before the first epoch"
+        raise f3.InputError(f"{error}; the model {kept} is kept in {folder.path}") from None
+    other = None
+    if compare and result.status == "completed":
+        say("the same network by backpropagation:")
+        other = make_trainer(options, sizes, "bp", None)
+        fit(other, options, data)
+    summary = finish(folder, trainer, data, result, began, other)
+    for line in report(summary, folder, train_set.preprocessing.target_names):
+        say(line)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt
+
+
+def finish(
+    folder: RunFolder,
+    trainer: Trainer,
+    data: tuple[Dataset, Dataset],
+    result: FitResult,
+    began: float,
+    other: Trainer | None = None,
+) -> dict:
+    """Write `summary.json` and `curves.png`; returns the summary."""
+    summary = summarise(trainer, *data, result, time.perf_counter() - began)
+    runs = {trainer.method: result.history}
+    if other is not None:
+        runs["bp"] = other.result.history
+        against = summarise(other, *data, other.result, other.result.learning_seconds)
+        wanted = ("method", "test_loss", "test_error", "test_mse", "steps_per_second")
+        summary["comparison"] = {key: against[key] for key in wanted if key in against}
+    folder.write_json("summary.json", summary)
+    figure, label = ("error", "percent wrong") if data[0].task == "classification" else ("mse", "mean squared error")
+    curves = {
+        f"{method}, {part}": [(r["epoch"], r[f"{part}_{figure}"]) for r in history if f"{part}_{figure}" in r]
+        for method, history in runs.items()
+        for part in ("train", "test")
+    }
+    title = f"{data[0].name}, {summary['parameters']:,} parameters"
+    folder.draw(title, "epoch", label, {name: curve for name, curve in curves.items() if curve})
+    return summary
+
+
+def report(summary: dict, folder: RunFolder, targets: tuple[str, ...]) -> list[str]:
+    """The result in words, the comparison if there was one, and what to try next."""
+    other = summary.get("comparison")
+    lines = []
+    if summary.get("test_error") is not None:
+        lines.append(f"{summary['method']}: {100 - summary['test_error']:.2f} % of the test samples right")
+        if other:
+            lines[-1] += f"; bp: {100 - other['test_error']:.2f} % (same network, seed, order and learning rate)"
+    elif summary.get("test_mse") is not None:
+        own = ", ".join(f"{name} {summary['test_mse_in_units'][name]:.4g}" for name in targets)
+        lines.append(f"{summary['method']}: test MSE {summary['test_mse']:.4f} (in the target's own units: {own})")
+        if other:
+            lines[-1] += f"; bp: {other['test_mse']:.4f}"
+    if summary["steps_per_second"]:
+        rates = {summary["method"]: summary, "bp": other} if other else {summary["method"]: summary}
+        lines.append("; ".join(f"{name}: {run['steps_per_second']:,.0f} steps/s" for name, run in rates.items()))
+    lines.append(f"written to {folder.path}: summary.json, metrics.jsonl, curves.png, model.safetensors, config.json")
+    if other:
+        lines += [
+            "next: python train.py --hidden 500 500 500     a deeper network",
+            "      python train.py --method drtp --compare  another method; also dfa, sdfa, last-layer",
+            "      python train.py --dataset ylecun/mnist   any Hugging Face data set, or your own folder or file",
+        ]
+    return lines
+
+
+def default_folder(options: argparse.Namespace) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.dataset).strip("-.") or "data"
+    return f"runs/{name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+# --- evaluation of a run ----------------------------------------------------------------------------------------------
+
+
+def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
+    """Repeat a run's last evaluation: its own data, model, device and batch size."""
+    refused = sorted(given - {"--evaluate", "--device", "--quiet"})
+    if refused:
+        raise f3.InputError(f"--evaluate takes the run's own settings (only --device and --quiet go with it), got {refused[0]}")
+    from pathlib import Path
+
+    path = Path(options.evaluate).expanduser()
+    config, summary = read_json(path, "config.json"), read_json(path, "summary.json")
+    predictor = f3.load(path)
+    stored = argparse.Namespace(**{**vars(make_parser().parse_args([])), **config.get("options", {})})
+    device = pick_device(options.device if "--device" in given else stored.device)
+    _, test_set = load_data(stored)
+    precision = stored.precision
+    network = predictor.network.to(device)
+    compute_dtype = torch.bfloat16 if precision == "bfloat16" else None
+    with matmul_precision(precision):
+        figures = evaluate(network, test_set.to(device), predictor.loss, stored.eval_batch_size, device, compute_dtype)
+    found = test_record(test_set, figures)
+    for name in shown(found):
+        before = summary.get(name)
+        note = "exactly as stored by the run" if found[name] == before else f"stored by the run: {before}"
+        if not options.quiet:
+            print(f"{name.replace('_', ' ')} {found[name]} ({note})")
+
+
+def main() -> int:
+    parser = make_parser()
+    options = parser.parse_args()
+    given = {argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--")}
+    try:
+        if options.evaluate is not None:
+            evaluate_run(options, given)
+        else:
+            train(options, options.compare if options.compare is not None else not given - {"--quiet", "--output-dir"})
+    except f3.InputError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
