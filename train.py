@@ -348,10 +348,10 @@ def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
             print(f"{name.replace('_', ' ')} {found[name]} ({note})")
 
 
-def main() -> int:
-    parser = make_parser()
-    options = parser.parse_args()
-    given = {argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--")}
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = make_parser().parse_args(arguments)
+    given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
     try:
         if options.evaluate is not None:
             evaluate_run(options, given)

@@ -20,9 +20,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """Small problems: threads would only cost time."""
+    """Small problems: threads would only cost time, and another number of them another rounding."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,0 +1,320 @@
+"""`train.py` as a user runs it: what a run leaves behind, and one clear line with exit code 2 for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import f3triton as f3
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+
+FAST = ["--hidden", "16", "--epochs", "2"]
+
+
+def run(*arguments: object) -> int:
+    try:
+        return train.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a refused run prints."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: "), error
+    assert error.count("\n") == 1, error
+    return error
+
+
+def write_csv(path: Path, rows: int = 40, columns: str = "a,b,y", row: str = "{0},{1},{2}") -> Path:
+    lines = [row.format(i % 7, (i * 3) % 5, ["no", "yes"][i % 7 > 3]) for i in range(rows)]
+    path.write_text("\n".join([columns, *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run on the bundled digits, with the comparison."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert run("--output-dir", folder, "--hidden", 64, "--epochs", 5, "--compare", "--quiet") == 0
+    return folder
+
+
+def test_a_run_leaves_everything_behind(digits: Path) -> None:
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png"}
+    assert {path.name for path in digits.iterdir()} == names
+    summary = json.loads((digits / "summary.json").read_text())
+    promised = "method dataset task train_samples test_samples epochs steps train_loss test_loss test_error best_test_error"
+    promised += " best_epoch seconds steps_per_second peak_memory_bytes parameters seed device versions comparison"
+    assert not set(promised.split()) - set(summary)
+    assert summary["status"] == "completed"
+    assert summary["steps"] == 5 * 29
+    assert summary["parameters"] == 64 * 64 + 64 + 64 * 10 + 10
+    records = [json.loads(line) for line in (digits / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5]
+    assert records[-1]["test_error"] == summary["test_error"]
+    assert summary["best_test_error"] == min(record["test_error"] for record in records)
+    picture = Image.open(digits / "curves.png")
+    assert picture.size[0] > 600
+    assert len(picture.convert("RGB").getcolors(1 << 20)) > 100  # axes, words and four curves, not a blank sheet
+
+
+def test_evaluate_reproduces_the_stored_figure_exactly(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--evaluate", digits) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["loss", "error"]
+    assert all(line.endswith("(exactly as stored by the run)") for line in lines)
+
+
+def test_load_predicts_on_raw_rows(digits: Path) -> None:
+    model = f3.load(digits)
+    assert not model.training
+    _, test = f3.load_dataset("digits")
+    probabilities = model(test.inputs)  # uint8 pixels, as the data set holds them
+    wrong = 100 * (probabilities.argmax(-1) != test.targets).double().mean()
+    assert float(wrong) == pytest.approx(json.loads((digits / "summary.json").read_text())["test_error"])
+    image = Image.fromarray(test.inputs[0].reshape(8, 8).numpy())
+    assert model.predict([{"image": image}]) == [str(int(probabilities[0].argmax()))]
+
+
+def test_same_seed_same_file(digits: Path, tmp_path: Path) -> None:
+    assert run("--output-dir", tmp_path / "again", "--hidden", 64, "--epochs", 5, "--quiet") == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (digits / "model.safetensors").read_bytes()
+
+
+def test_a_table_with_categories_and_missing_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.csv"
+    rows = [f"{i % 9},{'red' if i % 3 else 'blue'},{'' if i == 5 else i / 7},{(i % 9) * 1.5 + i / 100}" for i in range(60)]
+    path.write_text("\n".join(["size,colour,weight,price", *rows]) + "\n")
+    folder = tmp_path / "run"
+    assert run("--dataset", path, "--target", "price", *FAST, "--epochs", 60, "--lr", 0.02, "--output-dir", folder) == 0
+    out = capsys.readouterr().out
+    assert "weight" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["task"] == "regression"
+    assert summary["test_mse"] < 0.7
+    model = f3.load(folder)
+    std = model.preprocessing.target.std[0]
+    assert summary["test_mse_in_units"]["price"] == pytest.approx(summary["test_mse"] * std**2)
+    price = model.predict([{"size": 8, "colour": "green", "weight": None}])[0]  # an unseen category, a missing value
+    assert 5 < price < 20
+    assert run("--evaluate", folder) == 0
+    assert "exactly as stored" in capsys.readouterr().out
+
+
+def test_dry_run_prints_the_budget_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--dry-run", "--hidden", 100, 50, "--batch-size", 32) == 0
+    out = capsys.readouterr().out
+    parameters = 64 * 100 + 100 + 100 * 50 + 50 + 50 * 10 + 10
+    assert f"parameters {parameters:,}" in out
+    for line, count in (("weights", 4 * parameters), ("moments", 8 * parameters), ("errors", 4 * 1438 * 10)):
+        shown = next(row for row in out.splitlines() if row.strip().startswith(line))
+        assert f"{count / 1024:.1f} KiB" in shown
+    weights = 64 * 100 + 100 * 50 + 50 * 10
+    assert f"FLOPs a step {4 * 32 * weights + 2 * 32 * 10 * 150:,}" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["bp", "dfa", "drtp", "sdfa", "last-layer"])
+def test_every_method_by_its_word(method: str, tmp_path: Path) -> None:
+    assert run("--method", method, *FAST, "--output-dir", tmp_path / "run", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["method"] == method
+
+
+def test_options_reach_the_trainer(tmp_path: Path) -> None:
+    """Every choice changes the weights it ends with: none is parsed and ignored."""
+    variants = {
+        "plain": [],
+        "signal": ["--signal", "delayed-loss"],
+        "link": ["--link", "softmax"],
+        "mask": ["--mask-target"],
+        "feedback": ["--feedback", "kaiming"],
+        "values": ["--feedback", "discrete-uniform", "--feedback-values", "0.5", "2"],
+        "scale": ["--feedback-scale", "0.3", "--optimizer", "sgd"],
+        "hidden scale": ["--hidden-scale", "mean", "--optimizer", "sgd"],
+        "activation": ["--activation", "relu"],
+        "loss": ["--loss", "cross-entropy"],
+        "sgd": ["--optimizer", "sgd"],
+        "momentum": ["--optimizer", "sgd", "--momentum", "0.9"],
+        "nesterov": ["--optimizer", "sgd", "--momentum", "0.9", "--nesterov"],
+        "adamw": ["--optimizer", "adamw"],
+        "decay": ["--weight-decay", "0.1"],
+        "lr": ["--lr", "0.01"],
+        "schedule": ["--lr-schedule", "linear"],
+        "warmup": ["--warmup-steps", "10"],
+        "batch": ["--batch-size", "7"],
+        "seed": ["--seed", "3"],
+        "precision": ["--precision", "bfloat16"],
+        "fewer": ["--max-train-samples", "500"],
+    }
+    ends: dict[str, bytes] = {}
+    for name, options in variants.items():
+        folder = tmp_path / name
+        assert run(*FAST, *options, "--output-dir", folder, "--quiet") == 0, name
+        ends[name] = (folder / "model.safetensors").read_bytes()
+    for name in ends:
+        same = [other for other in ends if other != name and ends[other] == ends[name]]
+        assert not same, f"{name} ended like {same}"
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "0"], "whole numbers of at least 1, got [64, 0, 10]"),
+        (["--hidden", "many"], "invalid int value: 'many'"),
+        (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--momentum", "0.9"], "optimizer 'adam' has no 'momentum'"),
+        (["--method", "hebb"], "invalid choice: 'hebb'"),
+        (["--method", "drtp", "--signal", "delayed-error"], "method 'drtp' has the signal 'target'"),
+        (["--feedback", "gaussian"], "feedback 'gaussian' is unknown; allowed: kaiming, trinomial"),
+        (["--feedback", "cartesian-product"], "needs layers of 3^10 = 59049 units, got 500"),
+        (["--feedback-scale", "big"], "feedback scale 'big' is unknown"),
+        (["--hidden-scale", "big"], "hidden scale must be a finite number or 'mean', got 'big'"),
+        (["--dataset", "no/such/folder"], "no/such/folder"),
+        (["--dataset", "somebody/else"], "somebody/else"),
+        (["--target", "price"], "price"),
+        (["--task", "regression", "--loss", "bce"], "regression"),
+        (["--test-split", "exam"], "exam"),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
+        (["--batch-size", "0"], "batch size must be a whole number of at least 1, got 0"),
+        (["--eval-every", "0"], "eval every must be a whole number of at least 1, got 0"),
+        (["--warmup-steps", "-1"], "warmup steps must be between 0 and"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--backend", "triton"], "TRITON_INTERPRET=1"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--evaluate", "no/such/run"], "run folder 'no/such/run' does not exist"),
+        (["--evaluate", ".", "--lr", "1"], "got --lr"),
+    ],
+)
+def test_bad_options(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert message in fails(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("a,y\n1,no\ninf,yes\n2,no\n3,yes\n", [], "a"),
+        ("a,y\n1,no\n2,\n2,no\n3,yes\n", [], "y"),
+        ("a,y\n1,0.5\n2,inf\n2,0.1\n3,0.2\n", ["--target", "y"], "y"),
+        ("a,y\n", [], "empty"),
+        ("a,y\n1,no\n2,no\n2,no\n3,no\n", [], "class"),
+        ("a,y\n1,no\n2,yes\n2,no\n3,yes\n", ["--target", "z"], "a, y"),
+        ("a,y\n1,no\n2,yes\n2,no\n3,yes\n", ["--task", "regression"], "y"),
+        ("a,y\n1,0.5\n2,0.1\n2,0.7\n3,0.2\n", ["--loss", "bce"], "loss 'bce' needs classes, but the task is regression"),
+    ],
+)
+def test_bad_tables(
+    content: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    assert message in fails(capsys, "--dataset", path, "--output-dir", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in digits.iterdir()}
+    assert "holds a run already" in fails(capsys, "--output-dir", digits)
+    assert before == {path.name: path.read_bytes() for path in digits.iterdir()}
+
+
+def test_overwrite(tmp_path: Path) -> None:
+    for hidden in (8, 9):
+        assert run("--hidden", hidden, "--epochs", 1, "--output-dir", tmp_path / "run", "--overwrite", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["network"]["sizes"] == [64, 9, 10]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_output_folder_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in fails(capsys, "--output-dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    error = fails(capsys, *FAST, "--output-dir", tmp_path / "run")
+    assert "has 1,000 bytes free" in error
+
+
+def test_a_disk_that_fills_up_while_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full is a disk without space: the line must say so."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    from f3triton.runs import _named
+
+    refused = pytest.raises(f3.InputError, match=r"cannot write '/dev/full': the disk is full")
+    with refused, _named(Path("/dev/full"), "write"), open("/dev/full", "w") as file:
+        file.write("x" * 100_000)
+
+
+def test_divergence_keeps_the_last_good_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,y\n" + "\n".join(f"{i},{i * 7 % 11},{i / 3}" for i in range(60)))
+    folder = tmp_path / "run"
+    error = fails(capsys, "--dataset", path, "--target", "y", *FAST, "--optimizer", "sgd", "--lr", "1e20",
+                  "--lr-schedule", "constant", "--output-dir", folder)  # fmt: skip
+    assert "at step" in error
+    assert "kept in" in error
+    assert json.loads((folder / "summary.json").read_text())["status"] == "diverged"
+    assert all(torch.isfinite(p).all() for p in f3.load(folder).parameters())
+
+
+def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--epochs", "100000", "--output-dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.time() + 60
+    while not (folder / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert "interrupted" in error
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["test_error"] is not None
+    assert run("--evaluate", folder) == 0
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAST, "--quiet", "--output-dir", tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_help_is_grouped_and_shows_defaults() -> None:
+    text = train.make_parser().format_help()
+    for group in ("data:", "model:", "method:", "training:", "run:"):
+        assert f"\n{group}" in text
+    assert "(default: tanh)" in text
+    assert "(default: None)" not in text
