@@ -30,10 +30,12 @@ class Data(Protocol):
 
 
 class Learner(Protocol):
-    """A way to learn from one batch."""
+    """A way to learn from one batch, with the loss of that name."""
+
+    loss: str
 
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from the samples `index [batch]`; returns (mean loss, number of correct samples) as device scalars."""
+        """Learn from the samples `index [batch]`; returns the output from before the update and the target, `[M, C]`."""
 
 
 class F3Learner:
@@ -77,7 +79,7 @@ class F3Learner:
                 x = stage.learn(x, error, updater, scale)
         a, kept = self.last.keep(x, updater)  # [M, C]
         a = a.to(self.dtype)
-        loss, correct, gradient, error = updater.ops.output_step(a, target, self.loss, signal.source, signal.link)
+        gradient, error = updater.ops.output_error(a, target, self.loss, signal.source, signal.link)
         self.last.finish(kept, gradient, updater)
         if self.store is not None:
             self.store.write(index, error)
@@ -86,7 +88,7 @@ class F3Learner:
                 error = error * target
             for stage, kept in zip(self.hidden, kept_stages, strict=True):
                 stage.teach(kept, error, updater, scale)
-        return loss, correct
+        return a, target
 
 
 class BackpropLearner:
@@ -104,12 +106,10 @@ class BackpropLearner:
         with autocast(x.device, self.compute_dtype):
             a = self.model(x)  # [M, C]
         a = a.to(self.dtype)
-        loss = mean_loss(a, target, self.loss)
-        loss.backward()
+        mean_loss(a, target, self.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        a = a.detach()
-        return loss.detach(), (a.argmax(-1) == target.argmax(-1)).sum()
+        return a.detach(), target
 
 
 def mean_loss(a: Tensor, target: Tensor, loss: str) -> Tensor:
@@ -167,42 +167,92 @@ class Diverged(RuntimeError):
 
 
 CHECK_EVERY = 500  # steps between looks at the loss: one synchronisation each
+KEPT_OUTPUTS = 1 << 20  # elements of outputs that wait for their loss to be taken
+
+
+class Tally:
+    """Loss and correct answers of many batches, taken together: step by step they would cost a dozen small operations each.
+
+    Nothing here waits for the device but `totals`.
+    """
+
+    def __init__(self, loss: str) -> None:
+        self.loss = loss
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.elements = 0
+        self.losses: list[Tensor] = []  # of finished batches: sums over samples, [batches] each
+        self.correct: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def add(self, a: Tensor, target: Tensor) -> None:
+        """One batch: the last stage's output `a [M, C]` from before the update, and `target [M, C]`."""
+        self.waiting.append((a, target))
+        self.sizes.append(len(a))
+        self.elements += a.numel()
+        if self.elements >= KEPT_OUTPUTS:
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self.waiting:
+            return
+        sizes = [len(a) for a, _ in self.waiting]
+        a, target = (torch.cat(tensors) for tensors in zip(*self.waiting, strict=True))  # [samples, C]
+        by_sample = losses_by_sample(a, target, self.loss).double()  # [samples]
+        batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(a.device)  # [samples]
+        self.losses.append(torch.zeros(len(sizes), dtype=torch.float64, device=a.device).index_add_(0, batch, by_sample))
+        self.correct.append((a.argmax(-1) == target.argmax(-1)).sum())
+        self.waiting.clear()
+        self.elements = 0
+
+    def totals(self) -> tuple[Tensor, int]:
+        """(mean loss of each batch since the last call `[batches]`, correct samples), on the host."""
+        self._finish()
+        if not self.sizes:
+            return torch.zeros(0, dtype=torch.float64), 0
+        losses = torch.cat(self.losses).cpu() / torch.tensor(self.sizes)
+        correct = int(torch.stack(self.correct).sum())
+        self.losses.clear(), self.correct.clear(), self.sizes.clear()
+        return losses, correct
+
+
+@torch.no_grad()
+def losses_by_sample(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """The loss of each sample, `[M]`: its mean over samples is the training loss."""
+    if loss == "bce":
+        return functional.binary_cross_entropy_with_logits(a, target, reduction="none").mean(-1)
+    if loss == "cross-entropy":
+        return functional.cross_entropy(a, target, reduction="none")
+    return (a - target).square().mean(-1)
 
 
 def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: Callable[[int], float], progress: Progress) -> Figures:
     """Learn from the batches in order; `lr_at(step)` gives a step's learning rate, steps counted from 1 over the run.
 
-    The figures are those of each batch before its own update. Losses stay on the device and are looked at every
-    `CHECK_EVERY` steps. Raises Diverged where one is not finite.
+    The figures are those of each batch before its own update. They stay on the device and are looked at every
+    `CHECK_EVERY` steps. Raises Diverged where a loss is not finite.
     """
-    samples, total, hits = 0, 0.0, 0
-    losses: list[Tensor] = []
-    corrects: list[Tensor] = []
-    sizes: list[int] = []
+    tally = Tally(learner.loss)
+    samples, total, hits, unseen = 0, 0.0, 0, []
 
-    def collect() -> None:
+    def look() -> None:
         nonlocal total, hits
-        if not losses:
-            return
-        values = torch.stack(losses).double().cpu()
-        finite = values.isfinite()
+        losses, correct = tally.totals()
+        finite = losses.isfinite()
         if not finite.all():
             first = int((~finite).nonzero()[0])
-            raise Diverged(progress.steps - len(losses) + first + 1, float(values[first]))
-        total += float(values @ torch.tensor(sizes, dtype=torch.float64))
-        hits += int(torch.stack(corrects).sum())
-        losses.clear(), corrects.clear(), sizes.clear()
+            raise Diverged(progress.steps - len(losses) + first + 1, float(losses[first]))
+        total += float(losses @ torch.tensor(unseen, dtype=torch.float64))
+        hits += correct
+        unseen.clear()
 
     for index in batches:
-        loss, correct = learner.step(index, lr_at(progress.steps + 1))
+        tally.add(*learner.step(index, lr_at(progress.steps + 1)))
         progress.steps += 1
-        losses.append(loss)
-        corrects.append(correct)
-        sizes.append(len(index))
+        unseen.append(len(index))
         samples += len(index)
-        if len(losses) == CHECK_EVERY:
-            collect()
-    collect()
+        if len(unseen) == CHECK_EVERY:
+            look()
+    look()
     progress.epochs += 1
     return Figures(samples, total / max(samples, 1), hits)
 

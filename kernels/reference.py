@@ -260,6 +260,16 @@ def error_signal(a: Tensor, target: Tensor, loss: str, source: str, link: str = 
     raise ValueError(f"signal {source!r} is unknown; allowed: {', '.join(SOURCES)}")
 
 
+def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
+    """`(dL/da, error)`, each `[M, C]`: what teaches the last layer, and what these samples leave behind."""
+    return loss_gradient(a, target, loss), error_signal(a, target, loss, source, link)
+
+
+def correct_of(a: Tensor, target: Tensor) -> Tensor:
+    """The number of rows whose largest output stands where the target's largest entry stands (int64 scalar)."""
+    return (a.argmax(-1) == target.argmax(-1)).sum()
+
+
 def output_step(
     a: Tensor,  # [M, C]
     target: Tensor,  # [M, C]
@@ -267,10 +277,5 @@ def output_step(
     source: str,
     link: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The end of the forward pass: `(loss, correct, dL/da, error)`.
-
-    `loss` is the mean loss (scalar), `correct` the number of rows whose largest output stands where the target's largest
-    entry stands (int64 scalar), `dL/da [M, C]` teaches the last layer, `error [M, C]` is what these samples leave behind.
-    """
-    correct = (a.argmax(-1) == target.argmax(-1)).sum()
-    return loss_of(a, target, loss), correct, loss_gradient(a, target, loss), error_signal(a, target, loss, source, link)
+    """The whole end of the forward pass: `(loss, correct, dL/da, error)`, by `loss_of`, `correct_of`, `output_error`."""
+    return loss_of(a, target, loss), correct_of(a, target), *output_error(a, target, loss, source, link)
