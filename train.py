@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -217,7 +218,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     say(f"MLP {'-'.join(map(str, sizes))}, {trainer.describe()}")
     if options.dry_run:
         batch, itemsize = min(options.batch_size, len(train_set)), 8 if options.precision == "float64" else 4
-        data_bytes = sum(tensor.nbytes for part in data for tensor in (part.inputs, part.targets))
+        data_bytes = train_set.nbytes + test_set.nbytes
         budget = mlp_budget(sizes, batch, len(train_set), trainer.rule, trainer.signal, itemsize, data_bytes)
         print("\n".join(describe(budget)))
         return
@@ -327,12 +328,10 @@ def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
     refused = sorted(given - {"--evaluate", "--device", "--quiet"})
     if refused:
         raise f3.InputError(f"--evaluate takes the run's own settings (only --device and --quiet go with it), got {refused[0]}")
-    from pathlib import Path
-
     path = Path(options.evaluate).expanduser()
     config, summary = read_json(path, "config.json"), read_json(path, "summary.json")
     predictor = f3.load(path)
-    stored = argparse.Namespace(**{**vars(make_parser().parse_args([])), **config.get("options", {})})
+    stored = stored_options(config.get("options"))
     device = pick_device(options.device if "--device" in given else stored.device)
     _, test_set = load_data(stored)
     precision = stored.precision
@@ -348,15 +347,32 @@ def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
             print(f"{name.replace('_', ' ')} {found[name]} ({note})")
 
 
+def stored_options(options: object) -> argparse.Namespace:
+    """A run's options as `config.json` has them, checked as if they had been typed."""
+    if not isinstance(options, dict):
+        raise f3.InputError("the run's config.json has no options")
+    arguments = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            arguments.append(f"{flag}={value}")
+    return make_parser().parse_args(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
     given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+    plain = not given - {"--quiet", "--output-dir", "--overwrite"}
     try:
         if options.evaluate is not None:
             evaluate_run(options, given)
         else:
-            train(options, options.compare if options.compare is not None else not given - {"--quiet", "--output-dir"})
+            train(options, plain if options.compare is None else options.compare)
     except f3.InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,8 @@ from .signals import Signal
 class Data(Protocol):
     """What the engine asks of a data set: inputs and targets by sample index, and nothing else."""
 
+    device: torch.device
+
     def __len__(self) -> int: ...
 
     def fetch(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,6 +29,11 @@ class Data(Protocol):
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Targets `[batch, C]`: one-hot for classes, values for regression."""
+
+
+def batch(data: Data, index: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs `[batch, ...]` and targets `[batch, C]` on `device`, from wherever the data (and `index`) is."""
+    return tuple(get(index, dtype).to(device, non_blocking=True) for get in (data.fetch, data.one_hot))
 
 
 class Learner(Protocol):
@@ -50,17 +57,18 @@ class F3Learner:
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
         self.scale = scale
-        self.dtype = next(model.parameters()).dtype
+        self.dtype, self.device = next(model.parameters()).dtype, updater.step.device
         self.store: MemoryStore | None = None
         if signal.delayed:
-            everything = torch.arange(len(data), device=updater.step.device)
-            self.store = MemoryStore(data.one_hot(everything, self.dtype))
+            everything = torch.arange(len(data), device=data.device)
+            self.store = MemoryStore(data.one_hot(everything, self.dtype).to(self.device))
 
     @torch.no_grad()
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         updater, signal = self.updater, self.signal
         updater.next_step(lr)
-        x, target = self.data.fetch(index, self.dtype), self.data.one_hot(index, self.dtype)  # [M, ...], [M, C]
+        x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
+        index = index.to(self.device, non_blocking=True)
         scale = 1 / len(index) if self.scale == "mean" else self.scale
         kept_stages = []
         if signal.current:
@@ -96,11 +104,11 @@ class BackpropLearner:
 
     def __init__(self, model: Sequential, data: Data, rule: object, loss: str, compute_dtype: torch.dtype | None) -> None:
         self.model, self.data, self.loss, self.compute_dtype = model, data, loss, compute_dtype
-        self.dtype = next(model.parameters()).dtype
+        self.dtype, self.device = next(model.parameters()).dtype, next(model.parameters()).device
         self.optimizer = torch_optimizer(rule, [p for p in model.parameters() if p.requires_grad])
 
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        x, target = self.data.fetch(index, self.dtype), self.data.one_hot(index, self.dtype)  # [M, ...], [M, C]
+        x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with autocast(x.device, self.compute_dtype):
@@ -269,8 +277,8 @@ def evaluate(
     hits = torch.zeros((), dtype=torch.int64, device=device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(data), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(data)), device=device)
-        x, target = data.fetch(index, dtype), data.one_hot(index, dtype)
+        index = torch.arange(start, min(start + batch_size, len(data)), device=data.device)
+        x, target = batch(data, index, dtype, device)
         with autocast(device, compute_dtype):
             a = model(x)
         a = a.to(dtype)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from .exceptions import InputError
@@ -80,7 +81,8 @@ class Feedback:
         if self.law == "kaiming":
             return torch.empty(outputs, features).uniform_(-1, 1, generator=generator) / math.sqrt(features)
         if self.law == "kaiming-repeat-line":
-            return torch.empty(outputs, 1).uniform_(-1, 1, generator=generator).expand(outputs, features)
+            column = torch.empty(outputs).uniform_(-1, 1, generator=generator)
+            return repeat(column, "c -> c n", n=features)
         if self.law in ("trinomial", "binomial", "discrete-uniform"):
             return values[torch.randint(len(values), (outputs, features), generator=generator)]
         if self.law == "cartesian-product":
@@ -91,7 +93,8 @@ class Feedback:
                     f"feedback 'cartesian-product' of {len(values)} values and {outputs} outputs needs layers of "
                     f"{len(values)}^{outputs}{exact} units, got {features}; change the hidden sizes or the law"
                 )
-            return torch.cartesian_prod(*[values] * outputs).reshape(features, outputs).T
+            combinations = torch.cartesian_prod(*[values] * outputs).reshape(features, outputs)
+            return rearrange(combinations, "n c -> c n")
         if self.law.startswith("identity"):
             return self._identity(outputs, features)
         matrix = torch.ones(outputs, features)

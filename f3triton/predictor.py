@@ -17,9 +17,9 @@ class Predictor(nn.Module):
     """What a run learned, for use: `forward` takes raw inputs and gives predictions.
 
     Raw inputs are what the data set holds before any preparation: a tensor of images `[N, ...]` with values 0..255, a
-    tensor of a table's columns `[N, columns]`, or rows (a list of dicts, a dict of columns, a data frame, a `datasets`
-    data set). `forward` gives probabilities `[N, classes]`, or values `[N, targets]` in the targets' own units; `predict`
-    gives class names or numbers.
+    tensor of a table's columns `[N, columns]` if all are numbers, or rows (a list of dicts, a dict of columns, a data
+    frame, a `datasets` data set). `forward` gives probabilities `[N, classes]`, or values `[N, targets]` in the targets'
+    own units; `predict` gives class names or numbers.
     """
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, loss: str) -> None:
@@ -28,6 +28,9 @@ class Predictor(nn.Module):
 
     def forward(self, rows: object) -> Tensor:
         like = next(self.network.parameters())
+        names = [column.name for column in self.preprocessing.columns]
+        if names and isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == len(names):
+            rows = {name: rows[:, i].tolist() for i, name in enumerate(names)}
         x = self.preprocessing.normalise(self.preprocessing.encode(rows).to(like.device), like.dtype)  # [N, K]
         output = prediction_of(self.network(x), self.loss)
         return self.preprocessing.unstandardise(output) if self.loss == "mse" else output

@@ -145,13 +145,14 @@ class Trainer:
         )
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
-        order = batches or (lambda epoch: self._batches(len(train), epoch))
+        choose = batches or (lambda epoch: self._batches(train, epoch))
         self.result = result = FitResult()
         try:
             for epoch in range(epochs):
                 began = time.perf_counter()
                 with matmul_precision(self.precision):
-                    figures = run_epoch(self.learner, _count(order(epoch), on_step), lr_at, result)
+                    order = (index.to(train.device) for index in choose(epoch))
+                    figures = run_epoch(self.learner, _count(order, on_step), lr_at, result)
                 result.learning_seconds += time.perf_counter() - began
                 if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
                     record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
@@ -224,11 +225,15 @@ class Trainer:
             raise Diverged(step, figures.loss)
         return test_record(test, figures)
 
-    def _batches(self, samples: int, epoch: int) -> Iterable[Tensor]:
-        return sample_order(samples, self.seed, epoch).to(self.device).split(self.batch_size)
+    def _batches(self, data: Dataset, epoch: int) -> Iterable[Tensor]:
+        return sample_order(len(data), self.seed, epoch).to(data.device).split(self.batch_size)
 
     def _place(self, data: Dataset | None) -> Dataset | None:
-        return None if data is None else data.to(self.device)
+        """The data set on the trainer's device, or where it is, should it take more than half of the memory that is free."""
+        if data is None or data.device == self.device:
+            return data
+        fits = self.device.type != "cuda" or 2 * data.nbytes < torch.cuda.mem_get_info(self.device)[0]
+        return data.to(self.device) if fits else data
 
 
 def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:

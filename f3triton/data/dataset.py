@@ -101,6 +101,11 @@ class Dataset:
     def device(self) -> torch.device:
         return self.inputs.device
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take, in bytes."""
+        return self.inputs.nbytes + self.targets.nbytes
+
     def __len__(self) -> int:
         return len(self.inputs)
 
