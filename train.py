@@ -43,7 +43,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to every option's help, but for those that say it themselves."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def number_or_word(text: str) -> float | str:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 class Console:
     """Prints a run's progress. `lines` is about how many lines a log gets for `epochs` epochs of `samples` samples."""
 
-    def __init__(self, quiet: bool, epochs: int, samples: int, label: str = "", lines: int = 20) -> None:
+    def __init__(self, quiet: bool, epochs: int, samples: int, label: str = "", lines: int = 10) -> None:
         self.quiet, self.epochs, self.label = quiet, epochs, label
         self.every = max(1, epochs // lines)
         self.bar = None
