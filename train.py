@@ -27,7 +27,8 @@ from f3triton.report import Console, shown
 from f3triton.rules import RULES, make_rule
 from f3triton.runs import FORMAT, RunFolder, read_json
 from f3triton.schedules import SCHEDULES
-from f3triton.signals import METHODS, resolve_loss
+from f3triton.seeds import check_seed
+from f3triton.signals import METHODS, resolve_loss, resolve_signal
 from f3triton.summary import summarise, versions
 from f3triton.trainer import PRECISIONS, FitResult, Record, Trainer, matmul_precision, pick_device, test_record
 
@@ -199,10 +200,22 @@ def fit(
         console.close()
 
 
+def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> None:
+    """An option that the method does not use is an error, not a silent nothing."""
+    signal = resolve_signal(options.method, options.signal)
+    idle = {"--hidden-scale", "--link", "--mask-target", "--feedback", "--feedback-values", "--feedback-scale"}
+    if signal is not None and signal.source != "none":
+        idle = {"--link"} if signal.source == "target" else set()
+    for option in sorted(idle & given):
+        taught = "backpropagation" if signal is None else f"the signal {signal.source!r}"
+        raise f3.InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
+
+
 def train(options: argparse.Namespace, compare: bool) -> None:
     began = time.perf_counter()
     say = (lambda line: None) if options.quiet else lambda line: print(line, flush=True)
     feedback_and_rule(options)  # what needs no data is checked before it is read
+    check_seed(options.seed)
     pick_device(options.device)
     if options.output_dir:
         RunFolder.check(options.output_dir, options.overwrite)
@@ -225,12 +238,13 @@ def train(options: argparse.Namespace, compare: bool) -> None:
 
     folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
     folder.require_space(trainer.model)
+    local = Path(options.dataset).exists() and options.dataset != "digits"
     config = {
         "format": FORMAT,
         "network": trainer.model.config(),
         "loss": resolve_loss(options.loss, train_set.task),
         "preprocessing": train_set.preprocessing.to_json(),
-        "options": vars(options),
+        "options": {**vars(options), "dataset": str(Path(options.dataset).resolve()) if local else options.dataset},
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "versions": versions(),
     }
@@ -372,9 +386,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.evaluate is not None:
             evaluate_run(options, given)
         else:
+            refuse_what_has_no_effect(options, given)
             train(options, plain if options.compare is None else options.compare)
     except f3.InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print("train.py: error: not enough memory; --dry-run shows what it is needed for", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)

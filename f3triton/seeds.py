@@ -7,6 +7,14 @@ import hashlib
 import torch
 from torch import Tensor
 
+from .exceptions import InputError
+
+
+def check_seed(seed: object) -> None:
+    """Raise InputError for anything but a whole number that torch and NumPy can be seeded with."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed (--seed) is {seed!r}; allowed: a whole number from 0 to 2^63 - 1")
+
 
 def derived_seed(*parts: object) -> int:
     """A seed (63 bits) from a seed and a purpose, for example `derived_seed(seed, "order", epoch)`."""

@@ -18,7 +18,7 @@ from .kernels.rules import Adam, Rule
 from .layers import Linear, Sequential
 from .rules import make_rule
 from .schedules import make_schedule
-from .seeds import sample_order
+from .seeds import check_seed, sample_order
 from .signals import resolve_loss, resolve_signal
 from .words import check_word
 
@@ -33,8 +33,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}); try 'auto' or 'cpu'") from None
     return device
@@ -90,6 +90,7 @@ class Trainer:
         for name, value in (("batch size", batch_size), ("eval batch size", eval_batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_seed(seed)
         if hidden_scale != "mean" and not (isinstance(hidden_scale, int | float) and math.isfinite(hidden_scale)):
             raise InputError(f"hidden scale must be a finite number or 'mean', got {hidden_scale!r}")
         self.method = method

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..exceptions import InputError
+from ..seeds import check_seed
 from .choose import choose_inputs, choose_target, reject
 from .columns import Rows, listed
 from .dataset import Dataset
@@ -66,8 +67,9 @@ def load_dataset(
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
             raise InputError(f"{what} (--{what.replace('_', '-')}) is {value}; allowed: 1 or more")
-    if seed < 0:
-        raise InputError(f"seed (--seed) is {seed}; allowed: 0 or more")
+    if not 0 < test_fraction < 1:
+        raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
+    check_seed(seed)
     label, splits = open_source(name, config, revision)
     every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed)
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))

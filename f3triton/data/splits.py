@@ -36,8 +36,6 @@ def choose_splits(splits: Mapping[str, Any], train: str | None, test: str | None
 
 def cut(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the test rows, each ascending: a pure function of its arguments."""
-    if not 0 < fraction < 1:
-        raise InputError(f"test_fraction (--test-fraction) is {fraction}; allowed: between 0 and 1, both excluded")
     if rows < 2:
         raise InputError(f"{rows} row(s) cannot be split into training and test rows")
     order = shuffled(rows, seed, CUT)
