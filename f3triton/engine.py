@@ -33,7 +33,10 @@ class Data(Protocol):
 
 def batch(data: Data, index: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs `[batch, ...]` and targets `[batch, C]` on `device`, from wherever the data (and `index`) is."""
-    return tuple(get(index, dtype).to(device, non_blocking=True) for get in (data.fetch, data.one_hot))
+    x, target = data.fetch(index, dtype), data.one_hot(index, dtype)
+    if data.device != device:
+        x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
+    return x, target
 
 
 class Learner(Protocol):
@@ -68,7 +71,8 @@ class F3Learner:
         updater, signal = self.updater, self.signal
         updater.next_step(lr)
         x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
-        index = index.to(self.device, non_blocking=True)
+        if index.device != self.device:
+            index = index.to(self.device, non_blocking=True)
         scale = 1 / len(index) if self.scale == "mean" else self.scale
         kept_stages = []
         if signal.current:
@@ -86,7 +90,8 @@ class F3Learner:
             for stage in self.hidden:
                 x = stage.learn(x, error, updater, scale)
         a, kept = self.last.keep(x, updater)  # [M, C]
-        a = a.to(self.dtype)
+        if a.dtype != self.dtype:
+            a = a.to(self.dtype)
         gradient, error = updater.ops.output_error(a, target, self.loss, signal.source, signal.link)
         self.last.finish(kept, gradient, updater)
         if self.store is not None:

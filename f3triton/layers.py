@@ -142,7 +142,9 @@ class Linear(Stage):
     def finish(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
         x, slope_from = kept
         u = updater
-        delta = eager.times_slope(gradient.to(slope_from.dtype), slope_from, self.activation)
+        if gradient.dtype != slope_from.dtype:
+            gradient = gradient.to(slope_from.dtype)
+        delta = eager.times_slope(gradient, slope_from, self.activation)
         u.ops.outer_product_update_(
             self.weight, self.bias, delta, x, u.rule, u.moments(self.weight), u.moments(self.bias), u.lr, u.step
         )
