@@ -133,7 +133,7 @@ class Linear(Stage):
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if updater.compute_dtype is not None:
             x = x.to(updater.compute_dtype)
-        h, kept = eager.linear_keep(x, self.weight, self.bias, self.activation)
+        h, kept = updater.ops.linear_keep(x, self.weight, self.bias, self.activation)
         return h, (x, kept)
 
     def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:

@@ -107,7 +107,7 @@ class Trainer:
             allowed = ", ".join(word for word in PRECISIONS if word != "tf32")
             raise InputError(f"precision 'tf32' needs a CUDA device, got {self.device.type!r}; allowed there: {allowed}")
         try:
-            self.ops = kernel_backend(backend, self.device)
+            self.ops = kernel_backend(backend, self.device, self.precision)
         except ValueError as error:
             raise InputError(str(error)) from None
         self.compute_dtype = torch.bfloat16 if self.precision == "bfloat16" else None

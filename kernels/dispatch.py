@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
 
 
-def backend(name: str, device: torch.device) -> ModuleType:
-    """The module whose functions run on `device`: `torch`, `triton`, or `auto`, which today means `torch` everywhere.
+def backend(name: str, device: torch.device, precision: str = "float32") -> ModuleType | SimpleNamespace:
+    """The operations that run on `device`: `torch`, `triton`, or `auto`, which today means `torch` everywhere.
 
-    Raises ValueError where the name is unknown or the Triton backend cannot run on the device: it needs a CUDA or ROCm
-    device, or Triton's interpreter (`TRITON_INTERPRET=1` in the environment) on a CPU.
+    Raises ValueError where the name is unknown or the Triton backend cannot run: it needs a CUDA or ROCm device, or
+    Triton's interpreter (`TRITON_INTERPRET=1` in the environment) on a CPU, and has no float64.
     """
     if name in ("auto", "torch"):
         from . import eager
@@ -28,7 +28,10 @@ def backend(name: str, device: torch.device) -> ModuleType:
             f"backend 'triton' needs a CUDA or ROCm device, got {device.type!r}; "
             "set TRITON_INTERPRET=1 to run its kernels in Triton's (slow) interpreter, or use backend 'torch'"
         )
+    if precision == "float64":
+        raise ValueError("backend 'triton' has no precision 'float64'; use backend 'torch', or another precision")
     try:
-        return importlib.import_module("f3triton.kernels.triton_ops")
+        operations = importlib.import_module("f3triton.kernels.triton_ops")
+        return operations.with_precision("tf32") if precision == "tf32" else operations
     except ImportError as error:
         raise ValueError(f"backend 'triton' needs the triton package, which cannot be imported: {error}") from error

@@ -1,0 +1,283 @@
+"""The Triton backend: the operations of `reference`, same names, arguments and results, through the kernels beside this file.
+
+Weights, biases and moments are float32 and contiguous, and are changed in place; `x` is float32, float16 or bfloat16, and its
+type is that of the matrix products (sums are float32). float32 products are exact (`ieee`) unless `precision="tf32"`. `lr` and
+`step` are numbers, or scalars in device memory, which are read there: no launch waits for the host. On a CPU the kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other types, shapes or devices.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import triton
+from torch import Tensor
+
+from . import eager, tiles, triton_output
+from . import triton_linear as kernels
+from .rules import SGD, Moments, Rule
+from .triton_math import ACTIVATION, ADAM, ADAMW
+from .triton_math import SGD as PLAIN
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = {
+    torch.float32: triton.language.float32,
+    torch.float16: triton.language.float16,
+    torch.bfloat16: triton.language.bfloat16,
+}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_float32(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            fits = tensor.dtype == torch.float32 and tensor.is_contiguous()
+            _check(fits, f"{name} must be float32 and contiguous for the Triton kernels, got {tensor.dtype}")
+
+
+def _check_product(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check(tensor.dim() == 2, f"{name} must have two dimensions, got shape {list(tensor.shape)}")
+        _check(tensor.dtype in _DTYPES, f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; use backend 'torch'")
+
+
+def _product_dtype(x: Tensor) -> triton.language.dtype:
+    """The interpreter does no arithmetic in bfloat16, so there the products are in float32."""
+    return triton.language.float32 if _INTERPRETED else _DTYPES[x.dtype]
+
+
+def _rule_arguments(rule: Rule, lr: float | Tensor, step: int | Tensor) -> dict[str, object]:
+    """What the kernels' rule needs, from settings and numbers or device scalars."""
+    plain = isinstance(rule, SGD)
+    beta1, beta2 = (0.0, 0.0) if plain else rule.betas
+    return {
+        "lr": lr if isinstance(lr, Tensor) else float(lr),
+        "step": step if isinstance(step, Tensor) else float(step),
+        "log_beta1": math.log(beta1) if beta1 else -1e4,  # beta 0: its powers vanish
+        "log_beta2": math.log(beta2) if beta2 else -1e4,
+        "KIND": PLAIN if plain else ADAMW if rule.decoupled else ADAM,
+        "MOMENTUM": rule.momentum if plain else 0.0,
+        "NESTEROV": plain and rule.nesterov,
+        "BETA1": beta1,
+        "BETA2": beta2,
+        "EPS": 0.0 if plain else rule.eps,
+        "DECAY": rule.weight_decay,
+        "LR_IN_MEMORY": isinstance(lr, Tensor),
+        "STEP_IN_MEMORY": isinstance(step, Tensor),
+    }
+
+
+def _two(moments: Moments, instead: Tensor) -> tuple[Tensor, Tensor]:
+    """Two pointers whatever the rule keeps; those that it does not keep are never followed."""
+    return (*moments, instead, instead)[:2]
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    error: Tensor | None = None,
+    feedback: Tensor | None = None,
+    scale: float = 1.0,
+    precision: str = "ieee",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `reference.linear_forward`. Any strides; the weight may be of a wider type than `x`. Results are of `x`'s type."""
+    _check_product(x=x, weight=weight)
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
+    h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    delta = h if error is None else torch.empty_like(h)
+    if error is None:
+        error = feedback = x  # not read
+    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32)
+    block_m, block_n, block_k = tile.blocks
+    kernels.forward[triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m)](
+        x, weight, weight if bias is None else bias, h, delta, error, feedback, float(scale),
+        rows, outputs, inputs, error.shape[1],
+        *x.stride(), *weight.stride(), *error.stride(), *feedback.stride(),
+        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h,
+        DTYPE=_product_dtype(x), PRECISION=precision,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return h if delta is h else (h, delta)
+
+
+def linear_keep(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, precision: str = "ieee"
+) -> tuple[Tensor, Tensor]:
+    """See `eager.linear_keep`: the product by the kernel, the activation by torch."""
+    return eager.activate(linear_forward(x, weight, bias, precision=precision), activation)
+
+
+def _launch_update(
+    delta: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_moments: tuple[Tensor, Tensor],
+    bias_moments: tuple[Tensor, Tensor],
+    rule: dict[str, object],
+    gradients: tuple[Tensor, Tensor] | None,
+    precision: str,
+) -> None:
+    _check_product(delta=delta, x=x)
+    rows, outputs = delta.shape
+    inputs = x.shape[1]
+    _check(x.shape[0] == rows, f"delta has {rows} rows and x {x.shape[0]}")
+    _check(weight.shape == (outputs, inputs), f"weight has shape {list(weight.shape)}; needed: {[outputs, inputs]}")
+    tile = tiles.update_tile(outputs, inputs)
+    block_n, block_k, block_m = tile.blocks
+    kept = gradients if gradients is not None else (weight, weight)
+    kernels.update[triton.cdiv(inputs, block_k), triton.cdiv(outputs, block_n)](
+        weight, weight if bias is None else bias, *weight_moments, *bias_moments, delta, x, *kept,
+        rule["lr"], rule["step"], rule["log_beta1"], rule["log_beta2"],
+        rows, outputs, inputs, *delta.stride(), *x.stride(),
+        HAS_BIAS=bias is not None, KEEP_GRADIENT=gradients is not None, **_constants(rule),
+        DTYPE=_product_dtype(x), PRECISION=precision,
+        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _constants(rule: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in rule.items() if name.isupper()}
+
+
+def outer_product(delta: Tensor, x: Tensor, precision: str = "ieee") -> tuple[Tensor, Tensor]:
+    """See `reference.outer_product`; the gradients are float32."""
+    weight = torch.empty(delta.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    bias = torch.empty(delta.shape[1], dtype=torch.float32, device=x.device)
+    rule = _rule_arguments(SGD(), 0.0, 1)
+    _launch_update(delta, x, weight, bias, (weight, weight), (bias, bias), rule, (weight, bias), precision)
+    return weight, bias
+
+
+def outer_product_update_(
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    x: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+    precision: str = "ieee",
+) -> None:
+    """See `reference.outer_product_update_`; `delta` and `x` may have any strides."""
+    _check_float32(weight=weight, bias=bias)
+    other = weight if bias is None else bias
+    moments = _two(weight_moments, weight), _two(bias_moments, other)
+    _launch_update(delta, x, weight, bias, *moments, _rule_arguments(rule, lr, step), None, precision)
+
+
+def linear_step_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    error: Tensor,
+    feedback: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+    activation: str = "identity",
+    scale: float = 1.0,
+    precision: str = "ieee",
+) -> Tensor:
+    """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones."""
+    rows, inputs = x.shape
+    if rows > tiles.STEP_ROWS:
+        h, delta = linear_forward(x, weight, bias, activation, error, feedback, scale, precision)
+        outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision)
+        return h
+    _check_product(x=x, error=error)
+    _check_float32(weight=weight, bias=bias)
+    outputs = weight.shape[0]
+    _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
+    h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    own = _rule_arguments(rule, lr, step)
+    block_m, tile = tiles.step_tile(rows)
+    block_n, block_k = tile.blocks
+    other = weight if bias is None else bias
+    kernels.step_small[(triton.cdiv(outputs, block_n),)](
+        x, weight, other, *_two(weight_moments, weight), *_two(bias_moments, other), h, error, feedback, float(scale),
+        own["lr"], own["step"], own["log_beta1"], own["log_beta2"],
+        rows, outputs, inputs, error.shape[1], *x.stride(), *error.stride(), *feedback.stride(),
+        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(own),
+        DTYPE=_product_dtype(x), PRECISION=precision,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return h
+
+
+def linear_backward_update_(
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    x: Tensor,
+    rule: Rule,
+    weight_moments: Moments,
+    bias_moments: Moments,
+    lr: float | Tensor,
+    step: int | Tensor,
+    precision: str = "ieee",
+) -> Tensor:
+    """See `reference.linear_backward_update_`: two launches, in stream order, so that `dx` sees the old weight."""
+    input_gradient = linear_forward(delta, weight.t(), precision=precision)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision)
+    return input_gradient
+
+
+def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, lr: float | Tensor, step: int | Tensor) -> None:
+    """See `reference.update_`, for a parameter of any shape."""
+    _check_float32(parameter=parameter)
+    own, block = _rule_arguments(rule, lr, step), tiles.ELEMENTWISE
+    kernels.update_elements[(triton.cdiv(parameter.numel(), block),)](
+        parameter, gradient.contiguous(), *_two(moments, parameter),
+        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], parameter.numel(), **_constants(own), BLOCK=block,
+    )  # fmt: skip
+
+
+def output_step(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.output_step`."""
+    _check_product(a=a, target=target)
+    a, target = a.contiguous(), target.contiguous()
+    samples, classes = a.shape
+    gradient, error = torch.empty_like(a), torch.empty_like(a)
+    losses = torch.empty(samples, dtype=torch.float32, device=a.device)
+    correct = torch.empty(samples, dtype=torch.int32, device=a.device)
+    columns = triton.next_power_of_2(max(classes, 2))
+    rows = max(1, 1024 // columns)
+    triton_output.output[(triton.cdiv(samples, rows),)](
+        a, target, gradient, error, losses, correct, samples, classes,
+        LOSS=triton_output.LOSS[loss], LINK=triton_output.LINK[link], SOURCE=triton_output.SOURCE[source],
+        ROWS=rows, COLUMNS=columns,
+    )  # fmt: skip
+    return losses.mean(), correct.sum(), gradient, error
+
+
+def with_precision(precision: str) -> SimpleNamespace:
+    """These operations with float32 products in another `input_precision`, such as `tf32`."""
+    products = (linear_forward, linear_keep, outer_product, outer_product_update_, linear_step_, linear_backward_update_)
+    others = (update_, output_step, output_error)
+    return SimpleNamespace(
+        **{operation.__name__: partial(operation, precision=precision) for operation in products},
+        **{operation.__name__: operation for operation in others},
+    )
+
+
+def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
+    """See `reference.output_error`."""
+    return output_step(a, target, loss, source, link)[2:]

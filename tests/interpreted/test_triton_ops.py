@@ -1,0 +1,230 @@
+"""Every Triton operation in Triton's interpreter against the reference in float64. Run by `tests/test_triton.py`, in a process
+of its own that sets TRITON_INTERPRET=1 before triton is imported; on a GPU by `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from f3triton.kernels import SGD, Adam, AdamW, new_moments, reference
+from f3triton.kernels import triton_ops as ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else pytest.mark.gpu
+
+RULES = {
+    "sgd": SGD(lr=0.02),
+    "sgd-decay": SGD(lr=0.02, weight_decay=0.02),
+    "momentum": SGD(lr=0.02, momentum=0.9, weight_decay=0.02),
+    "nesterov": SGD(lr=0.02, momentum=0.9, nesterov=True),
+    "adam": Adam(lr=0.03),
+    "adam-decay": Adam(lr=0.03, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "adam-no-memory": Adam(lr=0.03, betas=(0.0, 0.0)),
+    "adamw": AdamW(lr=0.03, weight_decay=0.1),
+}
+SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (17, 31, 33, 10), (50, 70, 40, 23), (70, 33, 65, 3)]  # M, K, N, C
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def case(m: int, k: int, n: int, c: int) -> tuple[torch.Tensor, ...]:
+    """x, weight, bias, error, feedback in float64."""
+    return random(m, k), random(n, k, seed=1), random(n, seed=2), random(m, c, seed=3), random(c, n, seed=4)
+
+
+def on_device(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE, dtype) for tensor in tensors]
+
+
+def close(name: str, got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 3e-6) -> None:
+    """To within `tolerance` of the largest entry."""
+    difference = (got.double().cpu() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    assert float(difference) < tolerance, f"{name}: off by {float(difference):.2e} of its largest entry"
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_forward(activation: str) -> None:
+    for shape, bias in itertools.product(SHAPES[:4], (True, False)):
+        arguments = case(*shape)
+        x, weight, b, error, feedback = on_device(*arguments)
+        h, delta = ops.linear_forward(x, weight, b if bias else None, activation, error, feedback, scale=0.7)
+        wanted = reference.linear_forward(
+            arguments[0], arguments[1], arguments[2] if bias else None, activation, *arguments[3:], scale=0.7
+        )
+        close(f"h {shape}", h, wanted[0])
+        close(f"delta {shape}", delta, wanted[1], 1e-5)
+        assert torch.equal(ops.linear_forward(x, weight, b if bias else None, activation), h)
+
+
+def test_strides_and_int8_feedback() -> None:
+    arguments = case(6, 9, 8, 4)
+    x, weight, bias, error, _ = on_device(*arguments)
+    feedback = torch.randint(-1, 2, (4, 8), generator=torch.Generator().manual_seed(0))
+    wanted = reference.linear_forward(*arguments[:3], "tanh", arguments[3], feedback.double())
+    x, error = x.t().contiguous().t(), torch.stack([error, error], -1)[..., 0]  # other strides, same values
+    h, delta = ops.linear_forward(x, weight.t().contiguous().t(), bias, "tanh", error, feedback.to(DEVICE, torch.int8))
+    close("h", h, wanted[0])
+    close("delta", delta, wanted[1])
+
+
+def test_rows_outside_do_not_leak() -> None:
+    """What lies around a tensor in memory may be NaN."""
+    padded = torch.full((20, 40), float("nan"), device=DEVICE)
+    x, weight, bias, error, feedback = on_device(*case(5, 7, 6, 3))
+    padded[:5, :7] = x
+    h, delta = ops.linear_forward(padded[:5, :7], weight, bias, "relu", error, feedback)
+    gradient, _ = ops.outer_product(delta, padded[:5, :7])
+    for tensor in (h, delta, gradient):
+        assert torch.isfinite(tensor).all()
+
+
+def test_integers_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (37, 65), (41, 65), (37, 41)
+    x, weight, delta = (torch.randint(-8, 9, size, generator=generator).float().to(DEVICE) for size in sizes)
+    assert torch.equal(ops.linear_forward(x, weight), x @ weight.T)
+    gradient, bias = ops.outer_product(delta, x)
+    assert torch.equal(gradient, delta.T @ x)
+    assert torch.equal(bias, delta.sum(0))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_steps(rule: object, shape: tuple[int, ...]) -> None:
+    """The whole visit, in one launch (M up to 64) or two; weights, moments and bias at the end."""
+    arguments = case(*shape)
+    x, w, b, error, feedback = arguments[0], arguments[1].clone(), arguments[2].clone(), *arguments[3:]
+    moments = new_moments(w, rule), new_moments(b, rule)
+    x32, w32, b32, error32, feedback32 = on_device(*arguments)
+    moments32 = new_moments(w32, rule), new_moments(b32, rule)
+    count = torch.zeros((), device=DEVICE)
+    for step in (1, 2, 3):
+        wanted = reference.linear_step_(x, w, b, error, feedback, rule, *moments, rule.lr, step, "tanh", 0.3)
+        count += 1
+        # once with numbers, then with device scalars
+        numbers = (rule.lr, step) if step == 1 else (torch.tensor(rule.lr, device=DEVICE), count)
+        h = ops.linear_step_(x32, w32, b32, error32, feedback32, rule, *moments32, *numbers, "tanh", 0.3)
+        close(f"h at step {step}", h, wanted, 2e-5)
+    close("weight", w32, w, 2e-5)
+    close("bias", b32, b, 2e-5)
+    for name, ours, theirs in zip(("m", "v"), moments32[0], moments[0], strict=False):
+        close(name, ours, theirs, 2e-5)
+    for name, ours, theirs in zip(("bias m", "bias v"), moments32[1], moments[1], strict=False):
+        close(name, ours, theirs, 2e-5)
+
+
+def test_no_bias() -> None:
+    for rows in (5, 70):
+        x, weight, _, error, feedback = case(rows, 9, 8, 4)
+        w, rule = weight.clone(), Adam(lr=0.03)
+        moments = new_moments(w, rule)
+        reference.linear_step_(x, w, None, error, feedback, rule, moments, (), 0.03, 1, "gelu")
+        x32, w32, error32, feedback32 = on_device(x, weight, error, feedback)
+        moments32 = new_moments(w32, rule)
+        ops.linear_step_(x32, w32, None, error32, feedback32, rule, moments32, (), 0.03, 1, "gelu")
+        close("weight", w32, w, 1e-5)
+
+
+def test_late_adam_steps_keep_their_correction() -> None:
+    for step in (1, 7, 693, 5000, 200_000):
+        p, g = random(33), random(33, seed=1)
+        rule = Adam(lr=0.1)
+        p32, g32 = on_device(p, g)
+        moments, moments32 = new_moments(p, rule), new_moments(p32, rule)
+        reference.update_(p, g, moments, rule, 0.1, step)
+        ops.update_(p32, g32, moments32, rule, 0.1, torch.tensor(float(step), device=DEVICE))
+        close(f"parameter at step {step}", p32, p, 2e-6)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_elementwise_update(rule: object) -> None:
+    p, g = random(7, 5, 3), random(7, 5, 3, seed=1)
+    p32, g32 = on_device(p, g)
+    moments, moments32 = new_moments(p, rule), new_moments(p32, rule)
+    for step in (1, 2):
+        reference.update_(p, g, moments, rule, rule.lr, step)
+        ops.update_(p32, g32, moments32, rule, rule.lr, step)
+    close("parameter", p32, p, 1e-5)
+
+
+def test_backward_update_uses_the_old_weight() -> None:
+    x, weight, bias, _, _ = case(9, 17, 5, 2)
+    delta = random(9, 5, seed=8)
+    x32, w32, b32, delta32 = on_device(x, weight, bias, delta)
+    dx = ops.linear_backward_update_(w32, b32, delta32, x32, SGD(lr=0.5), (), (), 0.5, 1)
+    close("dx", dx, delta @ weight)
+    close("weight", w32, weight - 0.5 * delta.T @ x)
+    close("bias", b32, bias - 0.5 * delta.sum(0))
+
+
+def test_half_precision_products_with_float32_weights() -> None:
+    x, weight, bias, error, feedback = case(20, 40, 24, 10)
+    for dtype, tolerance in ((torch.float16, 3e-3), (torch.bfloat16, 3e-2)):
+        if INTERPRETED and dtype == torch.bfloat16:
+            continue  # the interpreter holds bfloat16 as integers
+        w32, b32, error32, feedback32 = on_device(weight, bias, error, feedback)
+        moments = new_moments(w32, SGD()), new_moments(b32, SGD())
+        w, b = weight.clone(), bias.clone()
+        wanted = reference.linear_step_(x, w, b, error, feedback, SGD(), (), (), 0.01, 1, "tanh")
+        h = ops.linear_step_(*on_device(x, dtype=dtype), w32, b32, error32, feedback32, SGD(), *moments, 0.01, 1, "tanh")
+        assert h.dtype == dtype
+        assert w32.dtype == torch.float32
+        close(f"h {dtype}", h, wanted, tolerance)
+        close(f"weight {dtype}", w32, w, tolerance)
+
+
+@pytest.mark.parametrize("loss", reference.LOSSES)
+@pytest.mark.parametrize("link", reference.LINKS)
+def test_output_step(loss: str, link: str) -> None:
+    for source, (m, c) in itertools.product(reference.SOURCES, ((1, 2), (13, 5), (5, 33))):
+        one_hot = torch.nn.functional.one_hot(torch.arange(m) % c, c).double()
+        target = random(m, c, seed=6) if loss == "mse" else one_hot
+        a = random(m, c) * 3
+        got = ops.output_step(*on_device(a, target), loss, source, link)
+        wanted = reference.output_step(a, target, loss, source, link)
+        assert abs(float(got[0]) - float(wanted[0])) < 1e-6 * max(1.0, float(a.abs().max()))
+        assert int(got[1]) == int(wanted[1])
+        close(f"gradient {source}", got[2], wanted[2], 1e-5)
+        if source == "none":
+            assert not got[3].any()
+        else:
+            close(f"error {source}", got[3], wanted[3], 2e-5)
+
+
+def test_repeated_runs_are_identical() -> None:
+    ends = []
+    for _ in range(2):
+        x, w, b, error, feedback = on_device(*case(50, 70, 40, 23))
+        moments = new_moments(w, Adam()), new_moments(b, Adam())
+        h = ops.linear_step_(x, w, b, error, feedback, Adam(), *moments, 0.01, 1, "tanh")
+        ends.append([h, w, b, *moments[0], *moments[1]])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, dtype=torch.float64)}, "x must be float32, float16 or bfloat16"),
+        ({"x": torch.zeros(12)}, "x must have two dimensions"),
+        ({"x": torch.zeros(3, 5)}, "weight has 4 inputs and x 5"),
+        ({"weight": torch.zeros(4, 6).t()}, "weight must be float32 and contiguous"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.float16)}, "weight must be float32 and contiguous"),
+    ],
+)
+def test_refused(change: dict, message: str) -> None:
+    arguments = {"x": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "bias": torch.zeros(6), "error": torch.zeros(3, 2),
+                 "feedback": torch.zeros(2, 6), **change}  # fmt: skip
+    arguments = {name: tensor.to(DEVICE) if tensor.is_contiguous() else tensor for name, tensor in arguments.items()}
+    if arguments["x"].dim() == 1:
+        with pytest.raises(ValueError, match=message):
+            ops.linear_forward(arguments["x"], arguments["weight"])
+        return
+    with pytest.raises(ValueError, match=message):
+        ops.linear_step_(*arguments.values(), SGD(), (), (), 0.1, 1)
