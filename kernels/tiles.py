@@ -1,7 +1,8 @@
 """Tile shapes, by kernel and by the width of the numbers: plain tables, nothing is tuned at run time.
 
 Tuning by running candidates would update the weights once for every candidate. `bench.kernel_report` compiles every entry
-for every architecture and shows registers, spills and shared memory.
+for every architecture and shows registers, spills and shared memory. The entries are chosen by that report (no spilled
+register, shared memory within every limit); they have not been tuned on hardware yet.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ class Tile:
 # (rows of x, outputs, inputs)
 FORWARD = {
     "small": Tile((16, 32, 64), 4, 3),
-    "medium": Tile((64, 64, 32), 4, 3),
-    "large": Tile((128, 128, 64), 8, 3),
-    "large-float32": Tile((64, 64, 32), 4, 3),
+    "medium": Tile((64, 64, 32), 8, 3),
+    "large": Tile((128, 128, 32), 8, 3),  # 48 KiB of shared memory: fits every architecture in the report
 }
 # (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers with weight and moments
 UPDATE = {
@@ -46,7 +46,7 @@ def forward_tile(rows: int, outputs: int, half: bool) -> Tile:
         return FORWARD["small"]
     if rows < 256 or outputs < 256:
         return FORWARD["medium"]
-    return FORWARD["large" if half else "large-float32"]
+    return FORWARD["large" if half else "medium"]  # float32 products have no tensor cores, and larger tiles would spill
 
 
 def update_tile(outputs: int, inputs: int) -> Tile:

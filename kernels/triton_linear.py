@@ -22,15 +22,16 @@ def _load(pointer, mask, dtype: tl.constexpr):
 
 @triton.jit
 def _project(error, feedback, row, column, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
     """`e B` of a tile `[ROWS, COLUMNS]`; the error's columns are gone through `WIDTH` at a time."""
     signal = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, WIDTH):
         c = start + tl.arange(0, WIDTH).to(tl.int64)
         e_inside = (row < rows)[:, None] & (c < width)[None, :]
         b_inside = (c < width)[:, None] & (column < outputs)[None, :]
-        e = _load(error + row[:, None] * error_m + c[None, :] * error_c, e_inside, tl.float32)
-        b = _load(feedback + c[:, None] * feedback_c + column[None, :] * feedback_n, b_inside, tl.float32)
+        e = _load(error + row[:, None] * error_m + c[None, :] * error_c, e_inside, DTYPE)
+        b = _load(feedback + c[:, None] * feedback_c + column[None, :] * feedback_n, b_inside, DTYPE)
         signal = tl.dot(e, b, signal, input_precision=PRECISION)
     return signal
 
@@ -62,7 +63,7 @@ def forward(
     tl.store(h + place, out.to(h.dtype.element_ty), mask=inside)
     if HAS_ERROR:
         signal = _project(error, feedback, m, n, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
-                          ROWS, OUTPUTS, WIDTH, PRECISION)  # fmt: skip
+                          ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
         signal = times_slope(scale * signal, a, out, ACTIVATION)
         tl.store(delta + place, signal.to(delta.dtype.element_ty), mask=inside)
 
@@ -144,7 +145,7 @@ def step_small(
     inside_h = (m < rows)[:, None] & (n < outputs)[None, :]
     tl.store(h + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
     signal = _project(error, feedback, m, n, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
-                      ROWS, OUTPUTS, WIDTH, PRECISION)  # fmt: skip
+                      ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
     # Rows beyond the batch have no error, and so no part in the gradient.
     delta = tl.where(inside_h, times_slope(scale * signal, a, out, ACTIVATION), 0.0).to(DTYPE)
     rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)

@@ -108,7 +108,7 @@ def linear_forward(
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h,
         DTYPE=_product_dtype(x), PRECISION=precision,
         ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h if delta is h else (h, delta)
 
@@ -145,7 +145,7 @@ def _launch_update(
         rows, outputs, inputs, *delta.stride(), *x.stride(),
         HAS_BIAS=bias is not None, KEEP_GRADIENT=gradients is not None, **_constants(rule),
         DTYPE=_product_dtype(x), PRECISION=precision,
-        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages,
+        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -217,7 +217,8 @@ def linear_step_(
         rows, outputs, inputs, error.shape[1], *x.stride(), *error.stride(), *feedback.stride(),
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(own),
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h
 
@@ -247,6 +248,7 @@ def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, l
     kernels.update_elements[(triton.cdiv(parameter.numel(), block),)](
         parameter, gradient.contiguous(), *_two(moments, parameter),
         own["lr"], own["step"], own["log_beta1"], own["log_beta2"], parameter.numel(), **_constants(own), BLOCK=block,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -263,7 +265,7 @@ def output_step(a: Tensor, target: Tensor, loss: str, source: str, link: str = "
     triton_output.output[(triton.cdiv(samples, rows),)](
         a, target, gradient, error, losses, correct, samples, classes,
         LOSS=triton_output.LOSS[loss], LINK=triton_output.LINK[link], SOURCE=triton_output.SOURCE[source],
-        ROWS=rows, COLUMNS=columns,
+        ROWS=rows, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
     return losses.mean(), correct.sum(), gradient, error
 

@@ -1,0 +1,174 @@
+"""Compile every tile shape of every Triton kernel ahead of time, with no GPU, and show what came out.
+
+    python -m bench.kernel_report                      sm_90
+    python -m bench.kernel_report --arch all --json kernels.json
+
+For each kernel: registers a thread, bytes of local memory a thread (`stack`: spilled registers), shared memory, the tensor-core
+instruction in the PTX, and for a stated size the operation's bytes and FLOPs and the time that its roofline allows on an H200
+(4.8 TB/s; 989 TFLOP/s in half precision, 67 in float32) and an RTX 4090 (1.0 TB/s; 165 and 83): the vendors' figures.
+Resource usage is read from the cubin, so it is there for NVIDIA's architectures only; for AMD's the code is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from f3triton.kernels import Adam, tiles, triton_linear, triton_ops
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from .common import origin, table, write_result
+
+ARCHITECTURES = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
+MACHINES = {"H200": (4.8e12, {"fp32": 67e12, "half": 989e12}), "RTX 4090": (1.008e12, {"fp32": 83e12, "half": 165e12})}
+TYPES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one tile, for inputs of one type, at one size (rows M, inputs K, outputs N, error width C)."""
+
+    kernel: str
+    tile: tiles.Tile
+    dtype: str
+    size: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {'x'.join(map(str, self.tile.blocks))}"
+
+
+def cases() -> list[Case]:
+    """Every entry of the tables that the choosers can return, with a size at which it is chosen."""
+    found = [Case("forward", tiles.FORWARD["small"], dtype, (16, 784, 512, 16)) for dtype in ("fp32", "bf16")]
+    found += [Case("forward", tiles.FORWARD["medium"], dtype, (128, 1024, 1024, 16)) for dtype in ("fp32", "bf16")]
+    found += [Case("forward", tiles.FORWARD["large"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp16", "bf16")]
+    found += [Case("update", tiles.UPDATE["small"], dtype, (64, 784, 256, 16)) for dtype in ("fp32", "bf16")]
+    found += [Case("update", tiles.UPDATE["medium"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
+    for rows, tile in tiles.STEP.items():
+        found += [Case("step_small", tile, dtype, (rows, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
+    return found
+
+
+def constants(case: Case) -> dict[str, object]:
+    """Compile-time arguments as `triton_ops` passes them: tanh, bias, error, Adam, step in memory; unit inner strides."""
+    product = {"DTYPE": TYPES[case.dtype], "PRECISION": "ieee", "HAS_BIAS": True}
+    rule = triton_ops._constants(triton_ops._rule_arguments(Adam(), 0.0, 1)) | {"STEP_IN_MEMORY": True}
+    blocks = case.tile.blocks
+    if case.kernel == "forward":
+        sizes = dict(zip(("ROWS", "OUTPUTS", "INPUTS"), blocks, strict=True))
+        sizes |= {"WIDTH": 16, "ACTIVATION": 1, "HAS_ERROR": True}
+        return product | sizes | {"x_k": 1, "weight_k": 1, "error_c": 1, "feedback_n": 1}
+    if case.kernel == "update":
+        sizes = dict(zip(("OUTPUTS", "INPUTS", "ROWS"), blocks, strict=True)) | {"KEEP_GRADIENT": False}
+        return product | rule | sizes | {"delta_n": 1, "x_k": 1}
+    sizes = {"OUTPUTS": blocks[0], "INPUTS": blocks[1], "ROWS": case.size[0], "WIDTH": 16, "ACTIVATION": 1}
+    return product | rule | sizes | {"x_k": 1, "error_c": 1, "feedback_n": 1}
+
+
+def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
+    """The kernel as a real launch would have it: 16-byte aligned pointers, sizes and strides divisible by 16."""
+    function = getattr(triton_linear, case.kernel)
+    constexprs = constants(case)
+    numbers = {"scale", "lr", "log_beta1", "log_beta2"}
+    of_input_type = {"x", "h", "delta"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in numbers:
+            signature[name] = "fp32"
+        elif name in {"rows", "outputs", "inputs", "width"} or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name):
+            signature[name] = "i32"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = f"*{case.dtype if name in of_input_type else 'fp32'}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(compiled: CompiledKernel) -> dict[str, int]:
+    """Registers and local memory a thread, from the cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def tensor_core(ptx: str) -> str:
+    """The matrix instruction that the PTX uses."""
+    return next((word for word in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if word in ptx), "none (fma)")
+
+
+def cost(case: Case) -> tuple[int, int]:
+    """Bytes that must move and FLOPs that must be done, with Adam in float32 and every operand read and written once."""
+    m, k, n, c = case.size
+    item = 4 if case.dtype == "fp32" else 2
+    weight, error = n * k, m * c + c * n
+    if case.kernel == "forward":
+        return item * (m * k + 2 * m * n) + 4 * (weight + error), 2 * m * n * (k + c)
+    if case.kernel == "update":
+        return item * (m * k + m * n) + 24 * weight, 2 * m * n * k
+    return item * (m * k + m * n) + 24 * weight + 4 * error, 2 * m * n * (2 * k + c)
+
+
+def report(case: Case, architecture: str) -> dict[str, object]:
+    compiled = compile_case(case, ARCHITECTURES[architecture])
+    moved, flops = cost(case)
+    kind = "fp32" if case.dtype == "fp32" else "half"
+    row = {
+        "kernel": case.name,
+        "dtype": case.dtype,
+        "arch": architecture,
+        "size": list(case.size),
+        "shared_bytes": compiled.metadata.shared,
+        "bytes": moved,
+        "flops": flops,
+    }
+    for machine, (bandwidth, rates) in MACHINES.items():
+        row[f"roofline_us_{machine}"] = round(1e6 * max(moved / bandwidth, flops / rates[kind]), 1)
+    if "cubin" in compiled.asm:
+        row |= resources(compiled)
+        row["tensor_core"] = tensor_core(compiled.asm["ptx"])
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=[*ARCHITECTURES, "all"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set; the interpreter cannot compile, unset it")
+    chosen = list(ARCHITECTURES) if "all" in options.arch else options.arch
+    rows = [report(case, architecture) for architecture in chosen for case in cases()]
+    columns = ["kernel", "dtype", "arch", "size", "reg", "stack", "shared_bytes", "tensor_core"]
+    columns += [f"roofline_us_{machine}" for machine in MACHINES]
+    print(table(columns, [[row.get(column, "") for column in columns] for row in rows]))
+    if options.json:
+        write_result(options.json, {**origin("bench.kernel_report"), "kernels": rows})
+
+
+if __name__ == "__main__":
+    main()
