@@ -98,9 +98,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     done = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {"runs": {}}
-    for title, source, experiments, task in (
-        ("mnist", options.mnist, MNIST, "classification"),
-        ("wine-quality", options.wine, WINE_QUALITY, "regression"),
+    for title, source, experiments, task, target in (
+        ("mnist", options.mnist, MNIST, "classification", None),
+        ("wine-quality", options.wine, WINE_QUALITY, "regression", "quality"),
     ):
         results = done["runs"].setdefault(title, {})
         if options.list:
@@ -108,7 +108,7 @@ def main() -> None:
             continue
         todo = [name for name in experiments if name not in results and (not options.only or name in options.only)]
         if source is not None and todo:
-            train, test = f3.load_dataset(source, task=task)
+            train, test = f3.load_dataset(source, task=task, target=target)
             for name in todo:
                 settings = experiments[name][0]
                 results[name] = {"settings": settings, "seed": options.seed, **run(train, test, settings, options.seed)}

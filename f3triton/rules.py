@@ -67,12 +67,13 @@ class Updater:
         self.rule, self.ops, self.compute_dtype = rule, ops, compute_dtype
         self.lr: float = rule.lr
         self.step = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)  # adding a tensor is faster than adding a number
         self._moments: dict[nn.Parameter, Moments] = {p: new_moments(p, rule) for p in parameters if p.requires_grad}
 
     def next_step(self, lr: float) -> None:
         """Begin a step: its learning rate, and one more on the counter."""
         self.lr = lr
-        self.step.add_(1)
+        self.step.add_(self._one)
 
     def moments(self, parameter: nn.Parameter | None) -> Moments:
         """The buffers of one parameter, in the rule's order; none for a missing bias."""
