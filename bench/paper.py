@@ -76,7 +76,7 @@ def show(experiments: dict, results: dict) -> str:
     """Ours beside the authors', best and last epoch."""
 
     def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:.4g}"
+        return "" if value is None else f"{value:.2f}" if value > 1 else f"{value:.4f}"
 
     rows = [
         [name, cell(best), cell(results[name]["best"]), cell(last), cell(results[name]["last"])]

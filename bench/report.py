@@ -92,7 +92,8 @@ def draw() -> None:
         ("f3", "F3", "#1f6fb4"),
     ):
         depths = [int(depth) for depth in memory[method]]
-        left.plot(depths, [count / 2**20 for count in memory[method].values()], marker="o", color=colour, label=label)
+        style = "--" if method == "dfa" else "-"  # DFA lies on backpropagation
+        left.plot(depths, [count / 2**20 for count in memory[method].values()], style, marker="o", color=colour, label=label)
     left.set(title="Activations and gradients of a step", xlabel="hidden layers", ylabel="MiB", ylim=0)
     left.legend(frameon=False)
     bars = {

@@ -26,14 +26,19 @@ _scratch = threading.local()  # a thread's own gradient buffers, by dtype
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
 
 
-def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float = 1) -> Tensor:
-    """`factor (x W^T + b)  [M, N]`."""
+# oneDNN's linear layer with the activation in its epilogue, which torch has for its own compiler: on a CPU in float32 about a
+# sixth faster than a product and an activation. Where this build of torch has none, the plain way is taken.
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN_SIZE = 1 << 15  # elements of a weight below which its set-up costs more than it saves
+_ONEDNN_ACTIVATIONS = {"identity": "none", "tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu"}
+
+
+def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b  [M, N]`."""
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-    if bias is None:
-        return x @ weight.t() if factor == 1 else (x @ weight.t()).mul_(factor)
-    return torch.addmm(bias, x, weight.t(), beta=factor, alpha=factor)
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def activate(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -75,10 +80,9 @@ def times_slope(gradient: Tensor, kept: Tensor, activation: str) -> Tensor:
 
 def linear_keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """`(h [M, N], kept [M, N])`: the forward pass, and what `times_slope` needs later (often `h` itself)."""
-    if activation == "tanh" and x.dtype == torch.float32 and x.device.type == "cpu":
-        # 1 - 2 sigmoid(-2a): several times faster than torch's tanh on a CPU, and off by at most 1e-7, which is what the
-        # product that makes `a` is rounded to as well.
-        h = torch.rsub(_pre_activation(x, weight, bias, -2).sigmoid_(), 1, alpha=2)
+    fused = _ONEDNN_ACTIVATIONS.get(activation) if weight.numel() >= _ONEDNN_SIZE else None
+    if fused and _onednn_linear and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu":
+        h = _onednn_linear(x, weight, bias, fused, [], "")
         return h, h
     return activate(_pre_activation(x, weight, bias), activation)
 
