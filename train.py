@@ -19,7 +19,7 @@ from f3triton.kernels.dispatch import BACKENDS
 from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 import f3triton as f3
-from f3triton.budget import describe, mlp_budget
+from f3triton.budget import Budget, describe, mlp_budget
 from f3triton.data import Dataset
 from f3triton.engine import Diverged, evaluate
 from f3triton.feedback import LAWS
@@ -211,6 +211,18 @@ def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> N
         raise f3.InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
 
 
+def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Dataset, Dataset]) -> Budget:
+    """The needs of the run, by arithmetic; of the network only the shapes are made."""
+    with torch.device("meta"):
+        f3.models.MLP(sizes, options.activation)
+    if options.batch_size < 1:
+        raise f3.InputError(f"batch size must be a whole number of at least 1, got {options.batch_size}")
+    _, rule = feedback_and_rule(options)
+    signal = resolve_signal(options.method, options.signal, options.link, options.mask_target)
+    samples, itemsize = len(data[0]), 8 if options.precision == "float64" else 4
+    return mlp_budget(sizes, min(options.batch_size, samples), samples, rule, signal, itemsize, sum(d.nbytes for d in data))
+
+
 def train(options: argparse.Namespace, compare: bool) -> None:
     began = time.perf_counter()
     say = (lambda line: None) if options.quiet else lambda line: print(line, flush=True)
@@ -226,15 +238,12 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         say(f"  {line}")
 
     sizes = [train_set.in_features, *options.hidden, train_set.outputs]
+    if options.dry_run:
+        say("\n".join(describe(dry_budget(options, sizes, data))))
+        return
     trainer = make_trainer(options, sizes, options.method, options.signal)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
     say(f"MLP {'-'.join(map(str, sizes))}, {trainer.describe()}")
-    if options.dry_run:
-        batch, itemsize = min(options.batch_size, len(train_set)), 8 if options.precision == "float64" else 4
-        data_bytes = train_set.nbytes + test_set.nbytes
-        budget = mlp_budget(sizes, batch, len(train_set), trainer.rule, trainer.signal, itemsize, data_bytes)
-        print("\n".join(describe(budget)))
-        return
 
     folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
     folder.require_space(trainer.model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .exceptions import InputError
+from .kernels.eager import FUSED_DEVICES
 from .kernels.rules import SGD, Adam, AdamW, Moments, Rule, new_moments
 from .words import check_word
 
@@ -34,7 +35,8 @@ def make_rule(name: str | Rule, **settings: object) -> Rule:
 
 
 def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's own fused optimizer with the same settings: what backpropagation is compared with."""
+    """torch's own optimizer with the same settings, fused where the device has it: what backpropagation is compared with."""
+    fused = parameters[0].device.type in FUSED_DEVICES or None
     if isinstance(rule, SGD):
         return torch.optim.SGD(
             parameters,
@@ -42,10 +44,10 @@ def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.O
             momentum=rule.momentum,
             nesterov=rule.nesterov,
             weight_decay=rule.weight_decay,
-            fused=True,
+            fused=fused,
         )
     optimizer = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
-    return optimizer(parameters, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+    return optimizer(parameters, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=fused)
 
 
 class Updater:

@@ -25,7 +25,7 @@ def make_schedule(name: str, lr: float, total_steps: int, warmup_steps: int = 0)
             return lr * step / warmup_steps
         if name == "constant":
             return lr
-        done = (step - 1 - warmup_steps) / max(total_steps - warmup_steps, 1)
+        done = min((step - 1 - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)  # batches of one's own may be more
         return lr * (0.5 * (1 + math.cos(math.pi * done)) if name == "cosine" else 1 - done)
 
     return lr_at

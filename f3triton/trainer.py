@@ -27,17 +27,20 @@ PRECISIONS = ("float32", "float64", "tf32", "bfloat16")
 Record = dict[str, float | int | str]
 
 
-def pick_device(name: str) -> torch.device:
-    """The named torch device; `auto` is the first of CUDA (or ROCm) and the CPU. Raises InputError where it is not there."""
+def pick_device(name: str | torch.device) -> torch.device:
+    """The named torch device, with its number (`cuda:0`, as tensors have it); `auto` is CUDA (or ROCm), or else the CPU.
+
+    Raises InputError where it is not there or cannot compute.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=name)
+        probe.item()
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used ({reason}); try 'auto' or 'cpu'") from None
-    return device
+        raise InputError(f"device {str(name)!r} cannot be used ({reason}); try 'auto' or 'cpu'") from None
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Trainer:
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         make_schedule(lr_schedule, 1.0, warmup_steps, warmup_steps)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self.device = device if isinstance(device, torch.device) else pick_device(device)
+        self.device = pick_device(device)
         self.precision = check_word("precision", precision, PRECISIONS)
         if self.precision == "tf32" and self.device.type != "cuda":
             allowed = ", ".join(word for word in PRECISIONS if word != "tf32")

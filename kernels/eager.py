@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
-_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
 
 
 # oneDNN's linear layer with the activation in its epilogue, which torch has for its own compiler: on a CPU in float32 about a
@@ -130,7 +130,7 @@ def _update_all_(
     step: int | Tensor,
 ) -> None:
     device = parameters[0].device
-    if device.type not in _FUSED_DEVICES:
+    if device.type not in FUSED_DEVICES:
         for parameter, gradient, buffers in zip(parameters, gradients, moments, strict=True):
             reference.update_(parameter, gradient, buffers, rule, lr, step)
         return

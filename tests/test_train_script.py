@@ -130,6 +130,8 @@ def test_dry_run_prints_the_budget_and_writes_nothing(
         assert f"{count / 1024:.1f} KiB" in shown
     weights = 64 * 100 + 100 * 50 + 50 * 10
     assert f"FLOPs a step {4 * 32 * weights + 2 * 32 * 10 * 150:,}" in out
+    assert run("--dry-run", "--hidden", 10**11) == 0  # terabytes: nothing of it is allocated
+    assert "TiB" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -222,6 +222,7 @@ def test_schedules() -> None:
     assert cosine(6) == pytest.approx(1.0)
     assert 0 < cosine(10) < 0.1
     assert [linear(step) for step in (1, 2, 3, 10)] == pytest.approx([1.0, 2.0, 2.0, 0.25])
+    assert (linear(11), linear(50), cosine(50)) == (0.0, 0.0, 0.0)  # more batches than were announced
     assert {make_schedule("constant", 2.0, 10)(step) for step in range(1, 11)} == {2.0}
 
 
