@@ -23,6 +23,7 @@ from f3triton.budget import Budget, describe, mlp_budget
 from f3triton.data import Dataset
 from f3triton.engine import Diverged, evaluate
 from f3triton.feedback import LAWS
+from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
 from f3triton.report import Console, shown
 from f3triton.rules import RULES, make_rule
 from f3triton.runs import FORMAT, RunFolder, read_json
@@ -30,7 +31,7 @@ from f3triton.schedules import SCHEDULES
 from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
 from f3triton.summary import summarise, versions
-from f3triton.trainer import PRECISIONS, FitResult, Record, Trainer, matmul_precision, pick_device, test_record
+from f3triton.trainer import FitResult, Record, Trainer, pick_device, test_record
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +108,12 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--backend", choices=BACKENDS, default="auto", help="implementation of the layers")
-    add("--precision", choices=PRECISIONS, default="float32", help="of the matrix products; weights are float32 or float64")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the matrix products; weights are float32, but for float64 and bfloat16-weights",
+    )
     add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
     add("--overwrite", action="store_true", help="write over a run in the output folder")
     add("--eval-every", type=int, default=1, metavar="N", help="epochs between evaluations")
@@ -219,8 +225,8 @@ def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Datase
         raise f3.InputError(f"batch size must be a whole number of at least 1, got {options.batch_size}")
     _, rule = feedback_and_rule(options)
     signal = resolve_signal(options.method, options.signal, options.link, options.mask_target)
-    samples, itemsize = len(data[0]), 8 if options.precision == "float64" else 4
-    return mlp_budget(sizes, min(options.batch_size, samples), samples, rule, signal, itemsize, sum(d.nbytes for d in data))
+    samples, types = len(data[0]), resolve_precision(options.precision, pick_device(options.device), options.method)
+    return mlp_budget(sizes, min(options.batch_size, samples), samples, rule, signal, types, sum(d.nbytes for d in data))
 
 
 def train(options: argparse.Namespace, compare: bool) -> None:
@@ -359,7 +365,7 @@ def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
     _, test_set = load_data(stored)
     precision = stored.precision
     network = predictor.network.to(device)
-    compute_dtype = torch.bfloat16 if precision == "bfloat16" else None
+    compute_dtype = resolve_precision(precision, device, stored.method).products
     with matmul_precision(precision):
         figures = evaluate(network, test_set.to(device), predictor.loss, stored.eval_batch_size, device, compute_dtype)
     found = test_record(test_set, figures)

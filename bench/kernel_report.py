@@ -69,6 +69,8 @@ def cases() -> list[Case]:
 def constants(case: Case) -> dict[str, object]:
     """Compile-time arguments as `triton_ops` passes them: tanh, bias, error, Adam, step in memory; unit inner strides."""
     product = {"DTYPE": TYPES[case.dtype], "PRECISION": "ieee", "HAS_BIAS": True}
+    if case.kernel != "forward":
+        product |= {"SHADOW": case.dtype != "fp32", "STOCHASTIC": False}
     rule = triton_ops._constants(triton_ops._rule_arguments(Adam(), 0.0, 1)) | {"STEP_IN_MEMORY": True}
     blocks = case.tile.blocks
     if case.kernel == "forward":
@@ -87,13 +89,15 @@ def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
     function = getattr(triton_linear, case.kernel)
     constexprs = constants(case)
     numbers = {"scale", "lr", "log_beta1", "log_beta2"}
-    of_input_type = {"x", "h", "delta"}
+    of_input_type = {"x", "h", "delta", "shadow"} | ({"weight"} if case.kernel == "forward" else set())  # its shadow
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
         elif name in numbers:
             signature[name] = "fp32"
+        elif name in {"seed", "bias_seed"}:
+            signature[name] = "i32"
         elif name in {"rows", "outputs", "inputs", "width"} or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name):
             signature[name] = "i32"
             attributes[(position,)] = [["tt.divisibility", 16]]

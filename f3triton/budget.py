@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .kernels.eager import SCRATCH
 from .kernels.rules import Rule
+from .precision import FLOAT32, Precision
 from .signals import Signal
 
 
@@ -33,7 +34,7 @@ def mlp_budget(
     samples: int,
     rule: Rule,
     signal: Signal | None,
-    itemsize: int = 4,
+    types: Precision = FLOAT32,
     data_bytes: int = 0,
     bias: bool = True,
 ) -> Budget:
@@ -66,17 +67,18 @@ def mlp_budget(
         flops = 2 * forward + feedback_flops
         activations = every_layer + batch * max(sizes[1:]) if signal.current else largest
         gradients = scratch
+    weight, state, product = types.parameters.itemsize, types.working.itemsize, (types.products or types.working).itemsize
     return Budget(
         layers,
         parameters,
         flops,
         {
-            "weights": parameters * itemsize,
-            "moments": rule.moments * taught * itemsize,
-            "gradients": gradients * itemsize,
-            "feedback": feedback * itemsize,
-            "errors": samples * classes * itemsize if signal is not None and signal.delayed else 0,
-            "activations": activations * itemsize,
+            "weights": parameters * weight,
+            "moments": rule.moments * taught * state,
+            "gradients": gradients * state,
+            "feedback": feedback * weight,
+            "errors": samples * classes * state if signal is not None and signal.delayed else 0,
+            "activations": activations * product,
             "data": data_bytes,
         },
     )

@@ -60,7 +60,7 @@ class F3Learner:
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
         self.scale = scale
-        self.dtype, self.device = next(model.parameters()).dtype, updater.step.device
+        self.dtype, self.device = working_dtype(model), updater.step.device
         self.store: MemoryStore | None = None
         if signal.delayed:
             everything = torch.arange(len(data), device=data.device)
@@ -125,6 +125,11 @@ class BackpropLearner:
         return a.detach(), target
 
 
+def working_dtype(model: nn.Module) -> torch.dtype:
+    """The type of a model's inputs, outputs, losses and errors: that of its parameters, but never narrower than float32."""
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
 def mean_loss(a: Tensor, target: Tensor, loss: str) -> Tensor:
     """torch's own mean loss of the last stage's output `a [M, C]`, under autograd where that is on."""
     if loss == "bce":
@@ -144,12 +149,13 @@ def make_learner(
     signal: Signal | None,
     scale: float | str,
     compute_dtype: torch.dtype | None,
+    rounding_seed: int = 0,
 ) -> Learner:
     """The learner of a signal; backpropagation where it is None."""
     if signal is None:
         return BackpropLearner(model, data, rule, loss, compute_dtype)
     taught = list(model.stages[-1].parameters()) if signal.source == "none" else list(model.parameters())
-    updater = Updater(rule, taught, ops, device, compute_dtype)
+    updater = Updater(rule, taught, ops, device, compute_dtype, rounding_seed)
     return F3Learner(model, data, updater, loss, signal, scale)
 
 
@@ -277,7 +283,7 @@ def evaluate(
     """The figures of a whole data set, in its own order and in eval mode; sums are in float64."""
     was_training = model.training
     model.eval()
-    dtype = next(model.parameters()).dtype
+    dtype = working_dtype(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     squares = torch.zeros((), dtype=torch.float64, device=device)

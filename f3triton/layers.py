@@ -128,25 +128,41 @@ class Linear(Stage):
             u.step,
             self.activation,
             scale,
+            **u.halves(self.weight),
         )
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if updater.compute_dtype is not None:
             x = x.to(updater.compute_dtype)
-        h, kept = updater.ops.linear_keep(x, self.weight, self.bias, self.activation)
+        weight = updater.halves(self.weight).get("shadow", self.weight)
+        h, kept = updater.ops.linear_keep(x, weight, self.bias, self.activation)
         return h, (x, kept)
 
     def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:
-        self.finish(kept, eager.project(error, self.feedback_matrix, scale, kept[0].dtype), updater)
+        self._update(kept, eager.project(error, self.feedback_matrix, scale, kept[0].dtype), updater)
 
     def finish(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
+        if kept[0].dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
+            kept = kept[0].float(), kept[1].float()
+        self._update(kept, gradient, updater)
+
+    def _update(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
         x, slope_from = kept
         u = updater
         if gradient.dtype != slope_from.dtype:
             gradient = gradient.to(slope_from.dtype)
         delta = eager.times_slope(gradient, slope_from, self.activation)
         u.ops.outer_product_update_(
-            self.weight, self.bias, delta, x, u.rule, u.moments(self.weight), u.moments(self.bias), u.lr, u.step
+            self.weight,
+            self.bias,
+            delta,
+            x,
+            u.rule,
+            u.moments(self.weight),
+            u.moments(self.bias),
+            u.lr,
+            u.step,
+            **u.halves(self.weight),
         )
 
     def extra_repr(self) -> str:

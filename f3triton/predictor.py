@@ -56,5 +56,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
         raise InputError(f"{str(folder / 'config.json')!r} is not a run's configuration: it needs 'loss' and 'network'")
     network = build_network(config["network"])
     load_weights(network, folder / "model.safetensors")
+    for parameter in network.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     preprocessing = Preprocessing.from_json(config.get("preprocessing"))
     return Predictor(network, preprocessing, config["loss"]).to(device).eval()

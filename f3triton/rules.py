@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .exceptions import InputError
 from .kernels.eager import FUSED_DEVICES
 from .kernels.rules import SGD, Adam, AdamW, Moments, Rule, new_moments
+from .seeds import derived_seed
 from .words import check_word
 
 RULES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
@@ -55,7 +56,7 @@ class Updater:
 
     `lr` is the learning rate of the coming step; `step` counts steps from 1 and lives on the device (float32 scalar), so
     that counting costs no synchronisation. `compute_dtype` is the type in which products are formed, None for the
-    parameters' own.
+    parameters' own; `rounding_seed` is where the bits come from by which parameters in bfloat16 are rounded.
     """
 
     def __init__(
@@ -65,12 +66,18 @@ class Updater:
         ops: ModuleType,
         device: torch.device,
         compute_dtype: torch.dtype | None = None,
+        rounding_seed: int = 0,
     ) -> None:
         self.rule, self.ops, self.compute_dtype = rule, ops, compute_dtype
         self.lr: float = rule.lr
         self.step = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)  # adding a tensor is faster than adding a number
         self._moments: dict[nn.Parameter, Moments] = {p: new_moments(p, rule) for p in parameters if p.requires_grad}
+        self._halves: dict[nn.Parameter, dict[str, int | Tensor]] = {}
+        for position, p in enumerate(self._moments):
+            seed = derived_seed(rounding_seed, position) & 0x7FFFFFFF
+            self._halves[p] = {"seed": seed} if p.dtype == torch.bfloat16 else {}
+        self._shadows = compute_dtype is not None and getattr(ops, "READS_SHADOWS", False)
 
     def next_step(self, lr: float) -> None:
         """Begin a step: its learning rate, and one more on the counter."""
@@ -81,7 +88,18 @@ class Updater:
         """The buffers of one parameter, in the rule's order; none for a missing bias."""
         return () if parameter is None else self._moments[parameter]
 
+    def halves(self, weight: nn.Parameter) -> dict[str, int | Tensor]:
+        """What half precision adds to an operation on a linear layer's weight: the seed of its rounding, or its shadow.
+
+        The shadow is made when it is first asked for, so after any change of the weight from outside.
+        """
+        found = self._halves[weight]
+        if self._shadows and not found and weight.dtype != self.compute_dtype:
+            found["shadow"] = weight.detach().to(self.compute_dtype)
+        return found
+
     @torch.no_grad()
     def apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """One parameter's update from its gradient, in place."""
-        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step)
+        seed = self._halves[parameter].get("seed")
+        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step, seed)

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 
 from .data import Dataset
-from .engine import Diverged, Figures, Learner, Progress, evaluate, make_learner, run_epoch
+from .engine import Diverged, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
 from .exceptions import InputError
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
-from .layers import Linear, Sequential
+from .layers import Linear, Sequential, autocast
+from .precision import matmul_precision, resolve_precision
 from .rules import make_rule
 from .schedules import make_schedule
-from .seeds import check_seed, sample_order
+from .seeds import check_seed, derived_seed, sample_order
 from .signals import resolve_loss, resolve_signal
-from .words import check_word
-
-PRECISIONS = ("float32", "float64", "tf32", "bfloat16")
 
 Record = dict[str, float | int | str]
 
@@ -105,17 +103,19 @@ class Trainer:
         make_schedule(lr_schedule, 1.0, warmup_steps, warmup_steps)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.device = pick_device(device)
-        self.precision = check_word("precision", precision, PRECISIONS)
-        if self.precision == "tf32" and self.device.type != "cuda":
-            allowed = ", ".join(word for word in PRECISIONS if word != "tf32")
-            raise InputError(f"precision 'tf32' needs a CUDA device, got {self.device.type!r}; allowed there: {allowed}")
+        self.precision = precision
+        types = resolve_precision(precision, self.device, method)
         try:
-            self.ops = kernel_backend(backend, self.device, self.precision)
+            self.ops = kernel_backend(backend, self.device, precision)
         except ValueError as error:
             raise InputError(str(error)) from None
-        self.compute_dtype = torch.bfloat16 if self.precision == "bfloat16" else None
-        dtype = torch.float64 if self.precision == "float64" else None
-        self.model = model.to(self.device, dtype)
+        self.compute_dtype = types.products
+        self.model = model.to(self.device)
+        if precision == "float64":
+            model.double()
+        elif precision == "bfloat16-weights":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(types.parameters)  # buffers, such as running statistics, stay float32
         self.learner: Learner | None = None
         self.result = FitResult()
 
@@ -145,8 +145,9 @@ class Trainer:
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
         self.learner = make_learner(
-            self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype
-        )
+            self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype,
+            derived_seed(self.seed, "rounding"),
+        )  # fmt: skip
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
         choose = batches or (lambda epoch: self._batches(train, epoch))
@@ -195,10 +196,11 @@ class Trainer:
                 f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
                 "sigmoid (bce) or softmax (cross-entropy)"
             )
-        dtype = next(self.model.parameters()).dtype
+        dtype = working_dtype(self.model)
         example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
         uses_feedback = self.signal is not None and self.signal.source != "none"
-        self.model.prepare(example.to(self.device), train.outputs, self.seed if uses_feedback else None)
+        with autocast(self.device, self.compute_dtype):
+            self.model.prepare(example.to(self.device), train.outputs, self.seed if uses_feedback else None)
 
     def describe(self) -> str:
         """The settings that matter most, in one line."""
@@ -265,17 +267,3 @@ def _count(batches: Iterable[Tensor], on_step: Callable[[int], None] | None) -> 
         yield index
         if on_step is not None:
             on_step(len(index))
-
-
-class matmul_precision:
-    """TensorFloat-32 products inside, where asked for; torch's own setting is restored outside."""
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)

@@ -6,7 +6,7 @@ one fused pass, and a large layer's gradient is formed and consumed a few rows a
 takes more than `SCRATCH` elements of memory.
 
 Half precision: where `x` is of a narrower type than the weight, products are computed in `x`'s type and the weight,
-its moments and its update stay in the weight's own.
+its moments and its update stay in the weight's own. A weight in bfloat16 is updated in float32, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .rounding import BIAS_SEED, round_stochastic
 from .rules import SGD, Moments, Rule
 
 aten = torch.ops.aten
@@ -116,8 +117,25 @@ def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return delta.t() @ x, delta.sum(0)
 
 
-def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, lr: float | Tensor, step: int | Tensor) -> None:
-    """See `reference.update_`: the same formula in one pass over the parameter and its moments."""
+def update_(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    rule: Rule,
+    lr: float | Tensor,
+    step: int | Tensor,
+    seed: int | None = None,
+    first: int = 0,
+) -> None:
+    """See `reference.update_`: the same formula in one pass over the parameter and its moments.
+
+    `first` is the number of the parameter's first element, where it is a part of a larger one.
+    """
+    if parameter.dtype == torch.bfloat16:
+        wide = parameter.float()
+        _update_all_([wide], [gradient.float()], [moments], rule, lr, step)
+        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, step, first))
+        return
     _update_all_([parameter], [gradient], [moments], rule, lr, step)
 
 
@@ -197,6 +215,9 @@ def outer_product_update_(
     bias_moments: Moments,
     lr: float | Tensor,
     step: int | Tensor,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> None:
     """See `reference.outer_product_update_`; a large weight is updated a few rows at a time."""
     rows, columns = weight.shape
@@ -204,7 +225,7 @@ def outer_product_update_(
         delta = delta.to(x.dtype)
     left = delta.t()  # [N, M]
     chunk = max(1, SCRATCH // columns)
-    if rows <= chunk:
+    if rows <= chunk and weight.dtype != torch.bfloat16 and shadow is None:
         parameters, gradients, moments = [weight], [_weight_gradient(left, x, weight.dtype)], [weight_moments]
         if bias is not None:
             parameters.append(bias)
@@ -215,9 +236,12 @@ def outer_product_update_(
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         gradient = _weight_gradient(left[part], x, weight.dtype)
-        update_(weight[part], gradient, tuple(buffer[part] for buffer in weight_moments), rule, lr, step)
+        update_(weight[part], gradient, tuple(buffer[part] for buffer in weight_moments), rule, lr, step, seed, start * columns)
+    if shadow is not None:
+        shadow.copy_(weight)
     if bias is not None:
-        update_(bias, delta.sum(0, dtype=bias.dtype), bias_moments, rule, lr, step)
+        gradient = delta.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
+        update_(bias, gradient, bias_moments, rule, lr, step, None if seed is None else seed ^ BIAS_SEED)
 
 
 def linear_step_(
@@ -233,10 +257,13 @@ def linear_step_(
     step: int | Tensor,
     activation: str = "identity",
     scale: float = 1.0,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_step_`."""
-    h, delta = linear_forward(x, weight, bias, activation, error, feedback, scale)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    h, delta = linear_forward(x, weight if shadow is None else shadow, bias, activation, error, feedback, scale)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
     return h
 
 
@@ -250,10 +277,13 @@ def linear_backward_update_(
     bias_moments: Moments,
     lr: float | Tensor,
     step: int | Tensor,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_backward_update_`."""
-    input_gradient = delta @ weight.to(delta.dtype)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    input_gradient = delta @ (weight if shadow is None else shadow).to(delta.dtype)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
     return input_gradient
 
 

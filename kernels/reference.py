@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .rounding import BIAS_SEED, round_stochastic
 from .rules import SGD, Moments, Rule
 
 ACTIVATIONS = ("identity", "tanh", "sigmoid", "relu", "gelu", "gelu-tanh", "silu")
@@ -74,7 +75,8 @@ def linear_forward(
     `delta` is handed to the update rule as it is: the sign is the authors', `+ e B` with `e = y* - y`. For a feedback
     matrix from a symmetric law the sign makes no difference; for others it does.
     """
-    a = x @ weight.T if bias is None else x @ weight.T + bias  # [M, N]
+    product = x @ weight.T.to(x.dtype)
+    a = product if bias is None else product + bias.to(x.dtype)  # [M, N]
     h = activate(a, activation)
     if error is None:
         return h
@@ -87,11 +89,25 @@ def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return delta.T @ x, delta.sum(0)
 
 
-def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, lr: float | Tensor, step: int | Tensor) -> None:
+def update_(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    rule: Rule,
+    lr: float | Tensor,
+    step: int | Tensor,
+    seed: int | None = None,
+) -> None:
     """`parameter <- rule(parameter, gradient)`, in place; `step` counts from 1; `moments` are changed in place too.
 
-    Equal to `torch.optim`'s SGD, Adam and AdamW to rounding.
+    Equal to `torch.optim`'s SGD, Adam and AdamW to rounding. A bfloat16 parameter is updated in float32 (its moments are
+    float32) and rounded to nearest, or with a `seed` (31 bits) stochastically: see `rounding`.
     """
+    if parameter.dtype == torch.bfloat16:
+        wide = parameter.float()
+        update_(wide, gradient.float(), moments, rule, lr, step)
+        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, step))
+        return
     if isinstance(rule, SGD):
         gradient = gradient + rule.weight_decay * parameter
         if rule.momentum:
@@ -122,12 +138,20 @@ def outer_product_update_(
     bias_moments: Moments,  # changed
     lr: float | Tensor,
     step: int | Tensor,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,  # [N, K], changed
 ) -> None:
-    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place."""
+    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place.
+
+    `seed`: see `update_`. `shadow` is a copy of the weight in half precision for the products; it gets the new weight too.
+    """
     weight_gradient, bias_gradient = outer_product(delta, x)
-    update_(weight, weight_gradient, weight_moments, rule, lr, step)
+    update_(weight, weight_gradient, weight_moments, rule, lr, step, seed)
+    if shadow is not None:
+        shadow.copy_(weight)
     if bias is not None:
-        update_(bias, bias_gradient, bias_moments, rule, lr, step)
+        update_(bias, bias_gradient, bias_moments, rule, lr, step, None if seed is None else seed ^ BIAS_SEED)
 
 
 def linear_step_(
@@ -143,10 +167,16 @@ def linear_step_(
     step: int | Tensor,
     activation: str = "identity",
     scale: float = 1.0,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,  # [N, K], changed
 ) -> Tensor:
-    """A hidden layer's whole visit: `h [M, N]` from the old weight, then the update. Returns `h` (arXiv 2304.13372, alg. 1)."""
-    h, delta = linear_forward(x, weight, bias, activation, error, feedback, scale)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    """A hidden layer's whole visit: `h [M, N]` from the old weight, then the update. Returns `h` (arXiv 2304.13372, alg. 1).
+
+    `h` is made from the `shadow` where there is one.
+    """
+    h, delta = linear_forward(x, weight if shadow is None else shadow, bias, activation, error, feedback, scale)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
     return h
 
 
@@ -160,10 +190,13 @@ def linear_backward_update_(
     bias_moments: Moments,  # changed
     lr: float | Tensor,
     step: int | Tensor,
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,  # [N, K], changed
 ) -> Tensor:
     """For layers inside a block with an exact gradient: returns `dx = delta W  [M, K]` from the *old* weight, then updates."""
-    input_gradient = delta @ weight
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step)
+    input_gradient = delta @ (weight if shadow is None else shadow).to(delta.dtype)
+    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
     return input_gradient
 
 

@@ -89,5 +89,9 @@ Moments = tuple[Tensor, ...]
 
 
 def new_moments(parameter: Tensor, rule: Rule) -> Moments:
-    """Zeroed buffers for one parameter: none, one (momentum) or two (Adam's m and v), each of its shape."""
-    return tuple(torch.zeros_like(parameter, requires_grad=False) for _ in range(rule.moments))
+    """Zeroed buffers for one parameter: none, one (momentum) or two (Adam's m and v), each of its shape.
+
+    They are of the parameter's type, but never narrower than float32.
+    """
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return tuple(torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for _ in range(rule.moments))

@@ -12,12 +12,22 @@ lies outside may be NaN. Nothing here is tuned by running it: see `tiles`.
 import triton
 import triton.language as tl
 
-from .triton_math import activate, apply_rule, scalar, times_slope
+from .triton_math import activate, apply_rule, round_stochastic, scalar, times_slope
 
 
 @triton.jit
 def _load(pointer, mask, dtype: tl.constexpr):
     return tl.load(pointer, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _store(parameter, shadow, place, inside, new, seed, step, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """New values to a parameter, rounded to its type, and to its copy in half precision where there is one."""
+    if STOCHASTIC:
+        new = round_stochastic(new, place, seed, step)
+    tl.store(parameter + place, new.to(parameter.dtype.element_ty), mask=inside)
+    if SHADOW:
+        tl.store(shadow + place, new.to(shadow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -68,12 +78,12 @@ def forward(
         tl.store(delta + place, signal.to(delta.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "bias_seed"])
 def update(
-    weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, delta, x, gradient, bias_gradient,
-    lr, step, log_beta1, log_beta2,
+    weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, delta, x, gradient, bias_gradient, shadow,
+    lr, step, log_beta1, log_beta2, seed, bias_seed,
     rows, outputs, inputs, delta_m, delta_n, x_m, x_k,
-    HAS_BIAS: tl.constexpr, KEEP_GRADIENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KEEP_GRADIENT: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -103,23 +113,23 @@ def update(
             tl.store(bias_gradient + n, total.to(bias_gradient.dtype.element_ty), mask=own)
     else:
         rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
-        old = tl.load(weight + place, mask=inside, other=0.0)
+        old = _load(weight + place, inside, tl.float32)
         new = apply_rule(old, gradient_tile, weight_m1 + place, weight_m2 + place, inside, rate, count, log_beta1, log_beta2,
                          KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        tl.store(weight + place, new, mask=inside)
+        _store(weight, shadow, place, inside, new, seed, count, SHADOW, STOCHASTIC)
         if HAS_BIAS:
-            old_bias = tl.load(bias + n, mask=own, other=0.0)
+            old_bias = _load(bias + n, own, tl.float32)
             new_bias = apply_rule(old_bias, total, bias_m1 + n, bias_m2 + n, own, rate, count, log_beta1, log_beta2,
                                   KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-            tl.store(bias + n, new_bias, mask=own)
+            _store(bias, bias, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "bias_seed"])
 def step_small(
-    x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, scale,
-    lr, step, log_beta1, log_beta2,
+    x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, shadow, scale,
+    lr, step, log_beta1, log_beta2, seed, bias_seed,
     rows, outputs, inputs, width, x_m, x_k, error_m, error_c, feedback_c, feedback_n,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -139,8 +149,8 @@ def step_small(
         right = _load(weight + n[None, :] * inputs + k[:, None], (k < inputs)[:, None] & (n < outputs)[None, :], DTYPE)
         a = tl.dot(left, right, a, input_precision=PRECISION)
     if HAS_BIAS:
-        old_bias = tl.load(bias + n, mask=n < outputs, other=0.0)
-        a += old_bias.to(tl.float32)[None, :]
+        old_bias = _load(bias + n, n < outputs, tl.float32)
+        a += old_bias[None, :]
     out = activate(a, ACTIVATION)
     inside_h = (m < rows)[:, None] & (n < outputs)[None, :]
     tl.store(h + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
@@ -157,20 +167,20 @@ def step_small(
         gradient = tl.dot(left, right, input_precision=PRECISION)
         inside = (n < outputs)[:, None] & (k < inputs)[None, :]
         place = n[:, None] * inputs + k[None, :]
-        old = tl.load(weight + place, mask=inside, other=0.0)
+        old = _load(weight + place, inside, tl.float32)
         new = apply_rule(old, gradient, weight_m1 + place, weight_m2 + place, inside, rate, count, log_beta1, log_beta2,
                          KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        tl.store(weight + place, new, mask=inside)
+        _store(weight, shadow, place, inside, new, seed, count, SHADOW, STOCHASTIC)
     if HAS_BIAS:
         total = tl.sum(delta.to(tl.float32), 0)
         new_bias = apply_rule(old_bias, total, bias_m1 + n, bias_m2 + n, n < outputs, rate, count, log_beta1, log_beta2,
                               KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        tl.store(bias + n, new_bias, mask=n < outputs)
+        _store(bias, bias, n, n < outputs, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def update_elements(
-    parameter, gradient, first, second, lr, step, log_beta1, log_beta2, count_elements,
+    parameter, gradient, first, second, lr, step, log_beta1, log_beta2, seed, count_elements, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +188,8 @@ def update_elements(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count_elements
     rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
-    old = tl.load(parameter + i, mask=inside, other=0.0)
-    own = tl.load(gradient + i, mask=inside, other=0.0).to(tl.float32)
+    old = _load(parameter + i, inside, tl.float32)
+    own = _load(gradient + i, inside, tl.float32)
     new = apply_rule(old, own, first + i, second + i, inside, rate, count, log_beta1, log_beta2,
                      KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-    tl.store(parameter + i, new, mask=inside)
+    _store(parameter, parameter, i, inside, new, seed, count, False, STOCHASTIC)

@@ -71,6 +71,30 @@ def scalar(value, FROM_MEMORY: tl.constexpr):
 
 
 @triton.jit
+def _mix(h):
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def random_bits(element, seed, step):
+    """As `rounding.random_bits`, for 64-bit element numbers and a step counted in float32."""
+    h = _mix(element.to(tl.uint32) ^ seed.to(tl.uint32))
+    count = (tl.zeros_like(element).to(tl.float32) + step).to(tl.int64)  # the interpreter has plain numbers as scalars
+    return _mix(h ^ (count * 0x9E3779B9 + (element >> 32)).to(tl.uint32))
+
+
+@triton.jit
+def round_stochastic(value, element, seed, step):
+    """As `rounding.round_stochastic`; the result is float32 and fits bfloat16 exactly."""
+    bits = value.to(tl.uint32, bitcast=True)
+    up = (bits + (random_bits(element, seed, step) & 0xFFFF)) & 0xFFFF0000
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, up.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
 def one_minus_power(log_beta, step):
     """`1 - beta^step` to full single precision: near zero by the series of `expm1`, where the difference would cancel."""
     z = log_beta * step

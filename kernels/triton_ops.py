@@ -1,9 +1,10 @@
 """The Triton backend: the operations of `reference`, same names, arguments and results, through the kernels beside this file.
 
-Weights, biases and moments are float32 and contiguous, and are changed in place; `x` is float32, float16 or bfloat16, and its
-type is that of the matrix products (sums are float32). float32 products are exact (`ieee`) unless `precision="tf32"`. `lr` and
-`step` are numbers, or scalars in device memory, which are read there: no launch waits for the host. On a CPU the kernels run in
-Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other types, shapes or devices.
+Weights and biases are float32 or bfloat16, moments float32; all contiguous, and changed in place. `x` is float32, float16 or
+bfloat16, and its type is that of the matrix products (sums are float32). float32 products are exact (`ieee`) unless
+`precision="tf32"`. `lr` and `step` are numbers, or scalars in device memory, which are read there: no launch waits for the
+host. On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other
+types, shapes or devices.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from . import eager, tiles, triton_output
 from . import triton_linear as kernels
+from .rounding import BIAS_SEED
 from .rules import SGD, Moments, Rule
 from .triton_math import ACTIVATION, ADAM, ADAMW
 from .triton_math import SGD as PLAIN
 
+READS_SHADOWS = True  # a half-precision copy of the weight makes the forward product faster; torch's converts it anyway
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = {
     torch.float32: triton.language.float32,
@@ -36,11 +39,22 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_float32(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
+def _check_state(moments: Moments, rule: Rule, shadow: Tensor | None = None, **parameters: Tensor | None) -> None:
+    for name, tensor in parameters.items():
         if tensor is not None:
-            fits = tensor.dtype == torch.float32 and tensor.is_contiguous()
-            _check(fits, f"{name} must be float32 and contiguous for the Triton kernels, got {tensor.dtype}")
+            fits = tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
+            _check(fits, f"{name} must be float32 or bfloat16, and contiguous, for the Triton kernels, got {tensor.dtype}")
+    fit = len(moments) >= rule.moments and all(m.dtype == torch.float32 and m.is_contiguous() for m in moments)
+    _check(fit, f"{type(rule).__name__} needs {rule.moments} moments a parameter, float32 and contiguous: see new_moments")
+    if shadow is not None:
+        weight = parameters["weight"]
+        fits = shadow.shape == weight.shape and shadow.is_contiguous() and shadow.dtype in (torch.float16, torch.bfloat16)
+        _check(fits, f"shadow must be contiguous, in half precision, of shape {list(weight.shape)}, got {list(shadow.shape)}")
+
+
+def _seeds(seed: int | None) -> tuple[int, int]:
+    """The seeds of a weight's and a bias's rounding; they are not read where rounding is to nearest."""
+    return (0, 0) if seed is None else (seed, seed ^ BIAS_SEED)
 
 
 def _check_product(**tensors: Tensor) -> None:
@@ -130,6 +144,8 @@ def _launch_update(
     rule: dict[str, object],
     gradients: tuple[Tensor, Tensor] | None,
     precision: str,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> None:
     _check_product(delta=delta, x=x)
     rows, outputs = delta.shape
@@ -141,9 +157,11 @@ def _launch_update(
     kept = gradients if gradients is not None else (weight, weight)
     kernels.update[triton.cdiv(inputs, block_k), triton.cdiv(outputs, block_n)](
         weight, weight if bias is None else bias, *weight_moments, *bias_moments, delta, x, *kept,
-        rule["lr"], rule["step"], rule["log_beta1"], rule["log_beta2"],
+        weight if shadow is None else shadow,
+        rule["lr"], rule["step"], rule["log_beta1"], rule["log_beta2"], *_seeds(seed),
         rows, outputs, inputs, *delta.stride(), *x.stride(),
         HAS_BIAS=bias is not None, KEEP_GRADIENT=gradients is not None, **_constants(rule),
+        SHADOW=shadow is not None, STOCHASTIC=seed is not None and weight.dtype != torch.float32,
         DTYPE=_product_dtype(x), PRECISION=precision,
         OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -173,12 +191,15 @@ def outer_product_update_(
     lr: float | Tensor,
     step: int | Tensor,
     precision: str = "ieee",
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> None:
     """See `reference.outer_product_update_`; `delta` and `x` may have any strides."""
-    _check_float32(weight=weight, bias=bias)
+    _check_state(weight_moments, rule, shadow, weight=weight, bias=bias)
     other = weight if bias is None else bias
     moments = _two(weight_moments, weight), _two(bias_moments, other)
-    _launch_update(delta, x, weight, bias, *moments, _rule_arguments(rule, lr, step), None, precision)
+    _launch_update(delta, x, weight, bias, *moments, _rule_arguments(rule, lr, step), None, precision, seed, shadow)
 
 
 def linear_step_(
@@ -195,15 +216,24 @@ def linear_step_(
     activation: str = "identity",
     scale: float = 1.0,
     precision: str = "ieee",
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones."""
+    """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
+
+    One launch has to read the weight itself for the update, and so makes `h` from it, rounded as the shadow is.
+    """
     rows, inputs = x.shape
     if rows > tiles.STEP_ROWS:
-        h, delta = linear_forward(x, weight, bias, activation, error, feedback, scale, precision)
-        outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision)
+        source = weight if shadow is None else shadow
+        h, delta = linear_forward(x, source, bias, activation, error, feedback, scale, precision)
+        outer_product_update_(
+            weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision, seed=seed, shadow=shadow
+        )
         return h
     _check_product(x=x, error=error)
-    _check_float32(weight=weight, bias=bias)
+    _check_state(weight_moments, rule, shadow, weight=weight, bias=bias)
     outputs = weight.shape[0]
     _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
@@ -212,10 +242,12 @@ def linear_step_(
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
-        x, weight, other, *_two(weight_moments, weight), *_two(bias_moments, other), h, error, feedback, float(scale),
-        own["lr"], own["step"], own["log_beta1"], own["log_beta2"],
+        x, weight, other, *_two(weight_moments, weight), *_two(bias_moments, other), h, error, feedback,
+        weight if shadow is None else shadow, float(scale),
+        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], *_seeds(seed),
         rows, outputs, inputs, error.shape[1], *x.stride(), *error.stride(), *feedback.stride(),
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(own),
+        SHADOW=shadow is not None, STOCHASTIC=seed is not None and weight.dtype != torch.float32,
         DTYPE=_product_dtype(x), PRECISION=precision,
         ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
@@ -234,20 +266,34 @@ def linear_backward_update_(
     lr: float | Tensor,
     step: int | Tensor,
     precision: str = "ieee",
+    *,
+    seed: int | None = None,
+    shadow: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_backward_update_`: two launches, in stream order, so that `dx` sees the old weight."""
-    input_gradient = linear_forward(delta, weight.t(), precision=precision)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision)
+    input_gradient = linear_forward(delta, (weight if shadow is None else shadow).t(), precision=precision)
+    outer_product_update_(
+        weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision, seed=seed, shadow=shadow
+    )
     return input_gradient
 
 
-def update_(parameter: Tensor, gradient: Tensor, moments: Moments, rule: Rule, lr: float | Tensor, step: int | Tensor) -> None:
+def update_(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    rule: Rule,
+    lr: float | Tensor,
+    step: int | Tensor,
+    seed: int | None = None,
+) -> None:
     """See `reference.update_`, for a parameter of any shape."""
-    _check_float32(parameter=parameter)
+    _check_state(moments, rule, parameter=parameter)
     own, block = _rule_arguments(rule, lr, step), tiles.ELEMENTWISE
     kernels.update_elements[(triton.cdiv(parameter.numel(), block),)](
         parameter, gradient.contiguous(), *_two(moments, parameter),
-        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], parameter.numel(), **_constants(own), BLOCK=block,
+        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], _seeds(seed)[0], parameter.numel(), **_constants(own),
+        STOCHASTIC=seed is not None and parameter.dtype != torch.float32, BLOCK=block,
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -277,6 +323,7 @@ def with_precision(precision: str) -> SimpleNamespace:
     return SimpleNamespace(
         **{operation.__name__: partial(operation, precision=precision) for operation in products},
         **{operation.__name__: operation for operation in others},
+        READS_SHADOWS=False,
     )
 
 

@@ -168,6 +168,16 @@ def test_bfloat16_keeps_float32_weights_and_learns() -> None:
         assert trainer.result.history[-1]["test_error"] < 25
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16-weights"])
+def test_half_precision_learns(precision: str) -> None:
+    for method in ("f3", "dfa", "last-layer"):
+        rows = [train(mlp(32), 30, method=method, precision=precision) for _ in range(2)]
+        assert rows[0].result.history[-1]["test_error"] < (25 if method != "last-layer" else 60)
+        assert torch.equal(weights(rows[0].model), weights(rows[1].model))
+        wanted = torch.bfloat16 if precision == "bfloat16-weights" else torch.float32
+        assert {p.dtype for p in rows[0].model.parameters()} == {wanted}
+
+
 def test_regression_reports_both_units() -> None:
     x, _ = problem()
     y = x[:, :1] * 2 + 0.1
@@ -242,6 +252,8 @@ def test_schedules() -> None:
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"precision": "int4"}, "precision 'int4' is unknown"),
         ({"precision": "tf32"}, "needs a CUDA device"),
+        ({"precision": "float16", "method": "bp"}, "precision 'float16' needs a scaled loss, which method 'bp' has not"),
+        ({"precision": "bfloat16-weights", "method": "bp"}, "needs stochastic rounding, which method 'bp' has not"),
         ({"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )

@@ -9,8 +9,9 @@ import os
 
 import pytest
 import torch
-from f3triton.kernels import SGD, Adam, AdamW, new_moments, reference
+from f3triton.kernels import SGD, Adam, AdamW, eager, new_moments, reference
 from f3triton.kernels import triton_ops as ops
+from f3triton.kernels.rounding import round_stochastic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -179,6 +180,65 @@ def test_half_precision_products_with_float32_weights() -> None:
         close(f"weight {dtype}", w32, w, tolerance)
 
 
+def test_the_shadow_follows_the_weight() -> None:
+    for rows in (20, 70):  # one launch, two launches
+        x, weight, bias, error, feedback = case(rows, 40, 24, 10)
+        x16, shadow = on_device(x, weight, dtype=torch.float16)
+        w32, b32, error32, feedback32 = on_device(weight, bias, error, feedback)
+        rule = Adam(lr=0.03)
+        moments = new_moments(w32, rule), new_moments(b32, rule)
+        wanted = reference.linear_forward(x16.double().cpu(), shadow.double().cpu(), bias, "tanh")
+        h = ops.linear_step_(x16, w32, b32, error32, feedback32, rule, *moments, 0.03, 1, "tanh", shadow=shadow)
+        close("h", h, wanted, 5e-3)  # the interpreter sums in half precision
+        assert torch.equal(shadow, w32.half())
+        dx = ops.linear_backward_update_(w32, b32, h, x16, rule, *moments, 0.03, 2, shadow=shadow)
+        assert dx.dtype == torch.float16
+        assert torch.equal(shadow, w32.half())
+
+
+def test_random_bits_and_stochastic_rounding_equal_the_torch_ones() -> None:
+    """Weights in bfloat16: the kernel's rounding of an update is that of `rounding`, bit for bit, and fair on average."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(61, 43, generator=generator)
+    values[0, :3] = torch.tensor([float("inf"), float("-inf"), 0.0])
+    for seed, step in ((12345, 1), (2**31 - 1, 77), (16, 123_456)):
+        # one SGD step with learning rate 1 from zero to -gradient: exact in float32, so only the rounding is left
+        weight = torch.zeros(61, 43, dtype=torch.bfloat16, device=DEVICE)
+        gradient = -values.to(DEVICE)
+        ops.update_(weight, gradient, (), SGD(), 1.0, torch.tensor(float(step), device=DEVICE), seed)
+        assert torch.equal(weight.cpu(), round_stochastic(values, seed, step))
+    many = torch.full((20_000,), 1.001)
+    drawn = round_stochastic(many, 5, 1).float()
+    assert set(drawn.tolist()) == {1.0, 1.0078125}
+    assert abs(float(drawn.mean()) - 1.001) < 3e-4
+    later = round_stochastic(many, 5, 1, first=2**32).float()
+    assert not torch.equal(drawn, later)
+    assert torch.equal(round_stochastic(many[7:9], 5, 1, first=7).float(), drawn[7:9])
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_weights_in_bfloat16(rows: int) -> None:
+    """Equal to the torch backend's where products are exact: small integers, powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    x, error = (torch.randint(-2, 3, (rows, k), generator=generator).float() for k in (9, 3))
+    weight = torch.randint(-4, 5, (8, 9), generator=generator).to(torch.bfloat16)
+    bias, feedback = torch.zeros(8, dtype=torch.bfloat16), torch.randint(-1, 2, (3, 8), generator=generator).float()
+    for rule, seed in ((SGD(lr=2**-11), 7), (Adam(lr=0.01), 7), (SGD(lr=2**-11), None)):
+        if seed is None and INTERPRETED:
+            continue  # the interpreter cuts to bfloat16 instead of rounding
+        ends = []
+        for backend, device in ((ops, DEVICE), (eager, "cpu")):
+            w, b = weight.to(device, copy=True), bias.to(device, copy=True)
+            moments = new_moments(w, rule), new_moments(b, rule)
+            assert all(m.dtype == torch.float32 for m in moments[0])
+            arguments = [tensor.to(device) for tensor in (error, feedback)]
+            h = backend.linear_step_(x.to(device), w, b, *arguments, rule, *moments, rule.lr, 3, "relu", seed=seed)
+            ends.append((h.cpu(), w.cpu(), b.cpu(), *(m.cpu() for m in moments[0])))
+        for got, wanted in zip(*ends, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6 if rule.moments else 0, atol=0)
+        assert not torch.equal(ends[0][1], weight)
+
+
 @pytest.mark.parametrize("loss", reference.LOSSES)
 @pytest.mark.parametrize("link", reference.LINKS)
 def test_output_step(loss: str, link: str) -> None:
@@ -214,8 +274,8 @@ def test_repeated_runs_are_identical() -> None:
         ({"x": torch.zeros(3, 4, dtype=torch.float64)}, "x must be float32, float16 or bfloat16"),
         ({"x": torch.zeros(12)}, "x must have two dimensions"),
         ({"x": torch.zeros(3, 5)}, "weight has 4 inputs and x 5"),
-        ({"weight": torch.zeros(4, 6).t()}, "weight must be float32 and contiguous"),
-        ({"weight": torch.zeros(6, 4, dtype=torch.float16)}, "weight must be float32 and contiguous"),
+        ({"weight": torch.zeros(4, 6).t()}, "weight must be float32 or bfloat16, and contiguous"),
+        ({"weight": torch.zeros(6, 4, dtype=torch.float16)}, "weight must be float32 or bfloat16, and contiguous"),
     ],
 )
 def test_refused(change: dict, message: str) -> None:

@@ -1,0 +1,40 @@
+"""Stochastic rounding to bfloat16: unbiased, and the same in every run, for its bits come from (seed, step, element).
+
+Rounding to nearest would lose every update smaller than half a unit in the last of bfloat16's eight bits; a number between two
+neighbours `l < w < u` becomes `u` with probability `(w - l) / (u - l)` instead (arXiv 2010.06192). The bits are those of an
+integer hash (two rounds of the 32-bit mixer known as lowbias32), not of a generator: elements may be rounded in any order, by
+any number of programs. `triton_math` has the same in Triton, equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+STEP_FACTOR = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive steps
+BIAS_SEED = 0x3C6EF372  # a layer's bias draws other bits than its weight
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
+    return h ^ (h >> 16)
+
+
+def random_bits(element: Tensor, seed: int, step: int | Tensor) -> Tensor:
+    """32 bits for each `element` (int64, any shape), as int64; `seed` has 31 bits, `step` counts from 1."""
+    step = step.to(torch.int64) if isinstance(step, Tensor) else int(step)
+    h = _mix((element & _MASK) ^ seed)
+    return _mix(h ^ ((step * STEP_FACTOR + (element >> 32)) & _MASK))
+
+
+def round_stochastic(values: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
+    """`values` (float32) as bfloat16; their elements are numbered from `first` in memory order.
+
+    Sixteen random bits are added below bfloat16's last one, and the lower half is cut. Infinities and NaN stay what they are.
+    """
+    element = torch.arange(first, first + values.numel(), device=values.device).view(values.shape)
+    bits = values.contiguous().view(torch.int32).to(torch.int64)
+    rounded = ((bits + (random_bits(element, seed, step) & 0xFFFF)) >> 16 << 16).to(torch.int32).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
