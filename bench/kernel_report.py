@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from f3triton.kernels import Adam, tiles, triton_linear, triton_ops
+from f3triton.kernels import Adam, tiles, triton_linear, triton_ops, triton_output
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -63,16 +63,24 @@ def cases() -> list[Case]:
     found += [Case("update", tiles.UPDATE["medium"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
     for rows, tile in tiles.STEP.items():
         found += [Case("step_small", tile, dtype, (rows, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
+    found += [Case("output", tiles.Tile((64, 16), 4, 3), "fp32", (4096, 1, 1, 16))]
+    found += [Case("output", tiles.Tile((1, 1024), 4, 3), "fp32", (4096, 1, 1, 1024))]
+    found += [Case("update_elements", tiles.Tile((tiles.ELEMENTWISE,), 4, 3), "fp32", (1, 4096, 4096, 1))]
     return found
 
 
 def constants(case: Case) -> dict[str, object]:
     """Compile-time arguments as `triton_ops` passes them: tanh, bias, error, Adam, step in memory; unit inner strides."""
+    if case.kernel == "output":
+        choice = {"LOSS": 1, "LINK": 0, "SOURCE": 0, "SCATTER": True}
+        return choice | {"ROWS": case.tile.blocks[0], "COLUMNS": case.tile.blocks[1]}
     product = {"DTYPE": TYPES[case.dtype], "PRECISION": "ieee", "HAS_BIAS": True}
     if case.kernel != "forward":
         product |= {"SHADOW": case.dtype != "fp32", "STOCHASTIC": False}
     rule = triton_ops._constants(triton_ops._rule_arguments(Adam(), 0.0, 1)) | {"STEP_IN_MEMORY": True}
     blocks = case.tile.blocks
+    if case.kernel == "update_elements":
+        return rule | {"STOCHASTIC": False, "BLOCK": case.tile.blocks[0]}
     if case.kernel == "forward":
         sizes = dict(zip(("ROWS", "OUTPUTS", "INPUTS"), blocks, strict=True))
         sizes |= {"WIDTH": 16, "ACTIVATION": 1, "HAS_ERROR": True}
@@ -84,10 +92,14 @@ def constants(case: Case) -> dict[str, object]:
     return product | rule | sizes | {"x_k": 1, "error_c": 1, "feedback_n": 1}
 
 
-def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
-    """The kernel as a real launch would have it: 16-byte aligned pointers, sizes and strides divisible by 16."""
-    function = getattr(triton_linear, case.kernel)
+def compile_case(case: Case, target: GPUTarget, ones: bool = False) -> CompiledKernel:
+    """The kernel as a real launch would have it: 16-byte aligned pointers, sizes and strides divisible by 16.
+
+    With `ones` every size and stride is 1, which a launch turns into a compile-time constant.
+    """
+    function = getattr(triton_output if case.kernel == "output" else triton_linear, case.kernel)
     constexprs = constants(case)
+    sizes = {"rows", "outputs", "inputs", "width", "samples", "classes", "count_elements"}
     numbers = {"scale", "lr", "log_beta1", "log_beta2"}
     of_input_type = {"x", "h", "delta", "shadow"} | ({"weight"} if case.kernel == "forward" else set())  # its shadow
     signature, attributes = {}, {}
@@ -98,7 +110,12 @@ def compile_case(case: Case, target: GPUTarget) -> CompiledKernel:
             signature[name] = "fp32"
         elif name in {"seed", "bias_seed"}:
             signature[name] = "i32"
-        elif name in {"rows", "outputs", "inputs", "width"} or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name):
+        elif name in {"correct", "index"}:
+            signature[name] = {"correct": "*i32", "index": "*i64"}[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif (name in sizes or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name)) and ones:
+            signature[name], constexprs[name] = "constexpr", 1
+        elif name in sizes or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name):
             signature[name] = "i32"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
@@ -128,6 +145,10 @@ def tensor_core(ptx: str) -> str:
 def cost(case: Case) -> tuple[int, int]:
     """Bytes that must move and FLOPs that must be done, with Adam in float32 and every operand read and written once."""
     m, k, n, c = case.size
+    if case.kernel == "output":
+        return 4 * (4 * m * c + 2 * m) + 8 * m, 10 * m * c
+    if case.kernel == "update_elements":
+        return 28 * n * k, 15 * n * k
     item = 4 if case.dtype == "fp32" else 2
     weight, error = n * k, m * c + c * n
     if case.kernel == "forward":

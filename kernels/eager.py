@@ -305,7 +305,18 @@ def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = 
     return gradient, reference.error_signal(a, target, loss, source, link)
 
 
-def output_step(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def output_step(
+    a: Tensor,
+    target: Tensor,
+    loss: str,
+    source: str,
+    link: str = "auto",
+    *,
+    rows: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.output_step`."""
-    value, correct = reference.loss_of(a, target, loss), reference.correct_of(a, target)
-    return value, correct, *output_error(a, target, loss, source, link)
+    gradient, error = output_error(a, target, loss, source, link)
+    if rows is not None:
+        rows.index_copy_(0, index, error.to(rows.dtype))
+    return reference.loss_of(a, target, loss), reference.correct_of(a, target), gradient, error

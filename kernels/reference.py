@@ -309,6 +309,15 @@ def output_step(
     loss: str,
     source: str,
     link: str = "auto",
+    *,
+    rows: Tensor | None = None,  # [samples, C], changed
+    index: Tensor | None = None,  # [M]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole end of the forward pass: `(loss, correct, dL/da, error)`, by `loss_of`, `correct_of`, `output_error`."""
-    return loss_of(a, target, loss), correct_of(a, target), *output_error(a, target, loss, source, link)
+    """The whole end of the forward pass: `(loss, correct, dL/da, error)`, by `loss_of`, `correct_of`, `output_error`.
+
+    With the `rows` of an error store, and the batch's sample indices, the error is written there at once.
+    """
+    gradient, error = output_error(a, target, loss, source, link)
+    if rows is not None:
+        rows[index] = error.to(rows.dtype)
+    return loss_of(a, target, loss), correct_of(a, target), gradient, error

@@ -38,6 +38,7 @@ STEP = {
 }
 STEP_ROWS = 64  # the largest batch that the one-launch step takes; above it forward and update are two launches
 ELEMENTWISE = 1024
+OUTPUTS = 1 << 15  # the most outputs that the last layer's kernel holds for a sample
 
 
 def forward_tile(rows: int, outputs: int, half: bool) -> Tile:

@@ -298,22 +298,49 @@ def update_(
     )  # fmt: skip
 
 
-def output_step(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.output_step`."""
+def _output(
+    a: Tensor, target: Tensor, loss: str, source: str, link: str, rows: Tensor | None = None, index: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """`(losses [M], correct [M], gradient [M, C], error [M, C])`; the error is in `rows` instead where those are given."""
     _check_product(a=a, target=target)
     a, target = a.contiguous(), target.contiguous()
     samples, classes = a.shape
-    gradient, error = torch.empty_like(a), torch.empty_like(a)
+    _check(target.shape == a.shape, f"target has shape {list(target.shape)}; needed: {list(a.shape)}")
+    _check(classes <= tiles.OUTPUTS, f"a has {classes} columns; at most {tiles.OUTPUTS} fit: use backend 'torch'")
+    gradient, error = torch.empty_like(a), torch.empty_like(a) if rows is None else rows
+    if rows is not None:
+        fits = rows.dim() == 2 and rows.shape[1] == classes and rows.is_contiguous() and index.dtype == torch.int64
+        _check(fits, f"rows must be contiguous, of {classes} columns, and index int64; got {list(rows.shape)}, {index.dtype}")
     losses = torch.empty(samples, dtype=torch.float32, device=a.device)
     correct = torch.empty(samples, dtype=torch.int32, device=a.device)
     columns = triton.next_power_of_2(max(classes, 2))
-    rows = max(1, 1024 // columns)
-    triton_output.output[(triton.cdiv(samples, rows),)](
-        a, target, gradient, error, losses, correct, samples, classes,
+    block = max(1, 1024 // columns)
+    triton_output.output[(triton.cdiv(samples, block),)](
+        a, target, gradient, error, losses, correct, losses if rows is None else index.contiguous(), samples, classes,
         LOSS=triton_output.LOSS[loss], LINK=triton_output.LINK[link], SOURCE=triton_output.SOURCE[source],
-        ROWS=rows, COLUMNS=columns, enable_fp_fusion=True,
+        SCATTER=rows is not None, ROWS=block, COLUMNS=columns, num_warps=4 if columns <= 2048 else 16, enable_fp_fusion=True,
     )  # fmt: skip
-    return losses.mean(), correct.sum(), gradient, error
+    return losses, correct, gradient, error
+
+
+def output_step(
+    a: Tensor,
+    target: Tensor,
+    loss: str,
+    source: str,
+    link: str = "auto",
+    *,
+    rows: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `reference.output_step`; with `rows` the error goes there and nowhere else, and None is returned for it."""
+    losses, correct, gradient, error = _output(a, target, loss, source, link, rows, index)
+    return losses.mean(), correct.sum(), gradient, error if rows is None else None
+
+
+def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
+    """See `reference.output_error`."""
+    return _output(a, target, loss, source, link)[2:]
 
 
 def with_precision(precision: str) -> SimpleNamespace:
@@ -325,8 +352,3 @@ def with_precision(precision: str) -> SimpleNamespace:
         **{operation.__name__: operation for operation in others},
         READS_SHADOWS=False,
     )
-
-
-def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
-    """See `reference.output_error`."""
-    return output_step(a, target, loss, source, link)[2:]

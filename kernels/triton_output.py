@@ -21,17 +21,21 @@ def _softmax(z, inside):
 
 @triton.jit
 def output(
-    a, target, gradient, error, loss, correct, samples, classes,
-    LOSS: tl.constexpr, LINK: tl.constexpr, SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    a, target, gradient, error, loss, correct, index, samples, classes,
+    LOSS: tl.constexpr, LINK: tl.constexpr, SOURCE: tl.constexpr, SCATTER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """All tensors contiguous: `a`, `target`, `gradient`, `error` `[samples, classes]`; `loss`, `correct` `[samples]`."""
+    """All tensors contiguous: `a`, `target`, `gradient`, `error` `[samples, classes]`; `loss`, `correct` `[samples]`.
+
+    With SCATTER, `error` is the error store's tensor, and sample `m` has its row `index[m]`.
+    """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS).to(tl.int64)
     inside = (m < samples)[:, None] & (c < classes)[None, :]
     place = m[:, None] * classes + c[None, :]
     pre = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(target + place, mask=inside, other=0.0).to(tl.float32)
-    elements = samples.to(tl.float32) * classes
+    elements = 1.0 * samples * classes  # not `samples.to`: the compiler makes a plain number of a 1
 
     # The loss, its gradient at the pre-activation, and the prediction that belongs to the loss.
     if LOSS == 0:
@@ -93,6 +97,9 @@ def output(
         e = tl.zeros_like(y)
 
     tl.store(gradient + place, own.to(gradient.dtype.element_ty), mask=inside)
+    if SCATTER:
+        row = tl.load(index + m, mask=m < samples, other=0)
+        place = row[:, None] * classes + c[None, :]
     tl.store(error + place, e.to(error.dtype.element_ty), mask=inside)
     tl.store(loss + m, by_sample, mask=m < samples)
     guess = tl.argmax(tl.where(inside, pre, float("-inf")), 1)

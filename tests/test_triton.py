@@ -50,6 +50,17 @@ def test_every_tile_compiles_for_hopper() -> None:
 
 
 @needs_triton
+def test_sizes_of_one_compile() -> None:
+    """A launch turns a size of 1 into a constant, which has not every method of a number in a register."""
+    from bench.kernel_report import ARCHITECTURES, cases, compile_case
+
+    smallest = {case.kernel: case for case in reversed(cases()) if case.dtype == "fp32"}
+    assert len(smallest) == 5
+    for case in smallest.values():
+        compile_case(case, ARCHITECTURES["sm_90"], ones=True)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"])
 def test_every_tile_compiles(architecture: str) -> None:

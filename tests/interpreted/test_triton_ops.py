@@ -257,6 +257,19 @@ def test_output_step(loss: str, link: str) -> None:
             close(f"error {source}", got[3], wanted[3], 2e-5)
 
 
+def test_the_error_goes_straight_into_the_store() -> None:
+    a, target = random(6, 5), torch.nn.functional.one_hot(torch.arange(6) % 5, 5).double()
+    index = torch.tensor([7, 0, 3, 9, 2, 4])
+    rows, wanted = random(11, 5, seed=3), random(11, 5, seed=3)
+    reference.output_step(a, target, "bce", "delayed-error", rows=wanted, index=index)
+    a32, target32, rows32 = on_device(a, target, rows)
+    end = ops.output_step(a32, target32, "bce", "delayed-error", rows=rows32, index=index.to(DEVICE))
+    close("rows", rows32, wanted, 2e-6)
+    untouched = [1, 5, 6, 8, 10]
+    assert torch.equal(rows32[untouched].cpu(), rows[untouched].float())
+    assert end[3] is None
+
+
 def test_repeated_runs_are_identical() -> None:
     ends = []
     for _ in range(2):
