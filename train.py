@@ -31,7 +31,7 @@ from f3triton.schedules import SCHEDULES
 from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
 from f3triton.summary import summarise, versions
-from f3triton.trainer import FitResult, Record, Trainer, pick_device, test_record
+from f3triton.trainer import SWITCH, FitResult, Record, Trainer, pick_device, test_record
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,6 +108,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--backend", choices=BACKENDS, default="auto", help="implementation of the layers")
+    add("--cuda-graph", choices=SWITCH, default="auto", help="a step as one CUDA graph, where all stages are Linear")
     add(
         "--precision",
         choices=PRECISIONS,
@@ -181,6 +182,7 @@ def make_trainer(options: argparse.Namespace, sizes: list[int], method: str, sig
         device=options.device,
         backend=options.backend,
         precision=options.precision,
+        cuda_graph=options.cuda_graph,
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import MemoryStore
-from .layers import Sequential, autocast
+from .graphs import GraphedStep
+from .layers import Linear, Sequential, autocast
 from .rules import Updater, torch_optimizer
 from .signals import Signal
 
@@ -61,13 +62,27 @@ class F3Learner:
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
         self.scale = scale
         self.dtype, self.device = working_dtype(model), updater.step.device
+        self.graph: GraphedStep | None = None
         self.store: MemoryStore | None = None
         if signal.delayed:
             everything = torch.arange(len(data), device=data.device)
             self.store = MemoryStore(data.one_hot(everything, self.dtype).to(self.device))
 
-    @torch.no_grad()
+    def use_graph(self, batch: int) -> bool:
+        """Run steps of `batch` samples as a CUDA graph from now on (see `graphs`); returns False where they cannot be."""
+        linear = all(isinstance(stage, Linear) for stage in self.model.stages)
+        if linear and self.data.device == self.device:
+            slots = min(CHECK_EVERY, KEPT_OUTPUTS // (batch * self.last.out_features) + 1) + 1  # what a Tally keeps waiting
+            self.graph = GraphedStep(self._learn, batch, slots, self.device)
+        return self.graph is not None
+
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        if self.graph is not None and len(index) == self.graph.batch:
+            return self.graph(index, lr)
+        return self._learn(index, lr)
+
+    @torch.no_grad()
+    def _learn(self, index: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         updater, signal = self.updater, self.signal
         updater.next_step(lr)
         x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]

@@ -54,9 +54,10 @@ def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.O
 class Updater:
     """A rule at work: the moments of every parameter, the step count, and the operations that do the arithmetic.
 
-    `lr` is the learning rate of the coming step; `step` counts steps from 1 and lives on the device (float32 scalar), so
-    that counting costs no synchronisation. `compute_dtype` is the type in which products are formed, None for the
-    parameters' own; `rounding_seed` is where the bits come from by which parameters in bfloat16 are rounded.
+    `lr` is the learning rate of the coming step, a number or a scalar on the device; `step` counts steps from 1 and lives
+    on the device (float32 scalar), so that counting costs no synchronisation. `compute_dtype` is the type in which products
+    are formed, None for the parameters' own; `rounding_seed` is where the bits come from by which parameters in bfloat16 are
+    rounded.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Updater:
         rounding_seed: int = 0,
     ) -> None:
         self.rule, self.ops, self.compute_dtype = rule, ops, compute_dtype
-        self.lr: float = rule.lr
+        self.lr: float | Tensor = rule.lr
         self.step = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)  # adding a tensor is faster than adding a number
         self._moments: dict[nn.Parameter, Moments] = {p: new_moments(p, rule) for p in parameters if p.requires_grad}
@@ -79,7 +80,7 @@ class Updater:
             self._halves[p] = {"seed": seed} if p.dtype == torch.bfloat16 else {}
         self._shadows = compute_dtype is not None and getattr(ops, "READS_SHADOWS", False)
 
-    def next_step(self, lr: float) -> None:
+    def next_step(self, lr: float | Tensor) -> None:
         """Begin a step: its learning rate, and one more on the counter."""
         self.lr = lr
         self.step.add_(self._one)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .data import Dataset
-from .engine import Diverged, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
+from .engine import Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
 from .exceptions import InputError
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
@@ -21,6 +21,9 @@ from .rules import make_rule
 from .schedules import make_schedule
 from .seeds import check_seed, derived_seed, sample_order
 from .signals import resolve_loss, resolve_signal
+from .words import check_word
+
+SWITCH = ("auto", "on", "off")
 
 Record = dict[str, float | int | str]
 
@@ -62,6 +65,8 @@ class Trainer:
     - `lr_schedule`: constant, cosine, linear, after `warmup_steps`; cosine, the default, removes much of what a stale
       error costs, but the schedule needs to know the run's length: `fit` takes `epochs`
     - `batch_size`, `eval_batch_size`, `seed` (sample order and feedback), `device`, `backend`, `precision`
+    - `cuda_graph`: auto, on, off; by default every step of F3 and its kin on a CUDA device is one graph, where all stages
+      are Linear and the data is on the device
 
     Raises InputError for settings that are unknown or do not fit one another.
     """
@@ -85,6 +90,7 @@ class Trainer:
         device: str | torch.device = "auto",
         backend: str = "auto",
         precision: str = "float32",
+        cuda_graph: str = "auto",
     ) -> None:
         if not isinstance(model, Sequential):
             raise InputError(f"a Trainer needs an f3triton Sequential (or a model made of one), got a {type(model).__name__}")
@@ -110,6 +116,9 @@ class Trainer:
         except ValueError as error:
             raise InputError(str(error)) from None
         self.compute_dtype = types.products
+        if check_word("cuda graph", cuda_graph, SWITCH) == "on" and self.device.type != "cuda":
+            raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.device.type!r}; use 'auto'")
+        self.cuda_graph = cuda_graph if self.device.type == "cuda" else "off"
         self.model = model.to(self.device)
         if precision == "float64":
             model.double()
@@ -148,6 +157,13 @@ class Trainer:
             self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype,
             derived_seed(self.seed, "rounding"),
         )  # fmt: skip
+        if self.cuda_graph != "off":
+            graphed = isinstance(self.learner, F3Learner) and self.learner.use_graph(self.batch_size)
+            if self.cuda_graph == "on" and not graphed:
+                raise InputError(
+                    "cuda graph 'on' needs stages that are all Linear, data that fits on the device, and a method other than "
+                    "'bp'; use 'auto'"
+                )
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
         choose = batches or (lambda epoch: self._batches(train, epoch))

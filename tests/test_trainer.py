@@ -10,7 +10,9 @@ from f3triton.kernels import eager
 from torch import nn
 
 import f3triton as f3
+from f3triton import engine
 from f3triton.engine import Diverged
+from f3triton.graphs import GraphedStep
 from f3triton.schedules import make_schedule
 
 
@@ -178,6 +180,28 @@ def test_half_precision_learns(precision: str) -> None:
         assert {p.dtype for p in rows[0].model.parameters()} == {wanted}
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "dfa"}, {"method": "last-layer"}, {"lr_schedule": "constant"}], ids=str)
+def test_a_graphed_step_is_the_step(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on CUDA runs here as it is: the same tensors, read and written in place, and a short last batch."""
+    plain = train(mlp(), **settings)
+    calls = []
+    monkeypatch.setattr(engine, "KEPT_OUTPUTS", 60)  # few slots, so that they are used again
+    original = f3.Trainer.__init__
+
+    def with_graph(self: f3.Trainer, *arguments: object, **given: object) -> None:
+        original(self, *arguments, **given)
+        self.cuda_graph = "on"
+
+    monkeypatch.setattr(f3.Trainer, "__init__", with_graph)
+    monkeypatch.setattr(engine, "GraphedStep", lambda *a: calls.append(GraphedStep(*a)) or calls[-1])
+    graphed = train(mlp(), **settings)
+    assert calls[0].steps == 3 * (60 // 8)  # the epoch's last batch has four samples
+    torch.testing.assert_close(weights(graphed.model), weights(plain.model), rtol=1e-5, atol=1e-7)
+    for one, other in zip(graphed.result.history, plain.result.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["train_error"] == other["train_error"]
+
+
 def test_regression_reports_both_units() -> None:
     x, _ = problem()
     y = x[:, :1] * 2 + 0.1
@@ -254,6 +278,8 @@ def test_schedules() -> None:
         ({"precision": "tf32"}, "needs a CUDA device"),
         ({"precision": "float16", "method": "bp"}, "precision 'float16' needs a scaled loss, which method 'bp' has not"),
         ({"precision": "bfloat16-weights", "method": "bp"}, "needs stochastic rounding, which method 'bp' has not"),
+        ({"cuda_graph": "on"}, "cuda graph 'on' needs a CUDA device"),
+        ({"cuda_graph": "perhaps"}, "cuda graph 'perhaps' is unknown; allowed: auto, on, off"),
         ({"backend": "numpy"}, "backend 'numpy' is unknown"),
     ],
 )
