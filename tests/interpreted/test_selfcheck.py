@@ -1,4 +1,4 @@
-"""The check that the kernels pass before they are used on a device: it passes with the right kernels, and notices wrong ones."""
+"""The check that the kernels pass before they are used on a device: right ones pass it, and wrong ones are noticed."""
 
 from __future__ import annotations
 
