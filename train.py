@@ -32,6 +32,7 @@ from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
 from f3triton.summary import summarise, versions
 from f3triton.trainer import SWITCH, FitResult, Record, Trainer, pick_device, test_record
+from f3triton.windows import DEFAULT_VISITS, FIRST_VISITS, Windows, check_epochs, resolve_windows, steps_per_epoch
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +54,10 @@ def number_or_word(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def number_of_samples(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def make_parser() -> Parser:
@@ -103,6 +108,11 @@ def make_parser() -> Parser:
     add("--epochs", type=int, default=100, help="visits of every sample")
     add("--batch-size", type=int, default=50, metavar="N", help="samples a step")
     add("--eval-batch-size", type=int, default=1000, metavar="N", help="samples at once in evaluation")
+    add("--window", type=number_of_samples, default="off", metavar="N", help="visit N samples --visits times in a row; or auto")
+    add("--visits", type=int, metavar="K", help=f"of every window; default: {DEFAULT_VISITS}")
+    add(
+        "--first-visit", choices=FIRST_VISITS, help="what a window's first visit teaches hidden layers; default: skip (nothing)"
+    )
     add("--seed", type=int, default=0, help="of weights, feedback, sample order and splits")
 
     add = parser.add_argument_group("run").add_argument
@@ -161,9 +171,18 @@ def feedback_and_rule(options: argparse.Namespace) -> tuple[f3.Feedback, f3.Adam
     return f3.Feedback(options.feedback, options.feedback_values, options.feedback_scale), rule
 
 
-def make_trainer(options: argparse.Namespace, sizes: list[int], method: str, signal: str | None) -> Trainer:
+def windows_of(options: argparse.Namespace) -> Windows | None:
+    signal = resolve_signal(options.method, options.signal)
+    delayed = signal is not None and signal.delayed
+    return resolve_windows(options.window, options.visits, options.first_visit, options.batch_size, delayed)
+
+
+def make_trainer(
+    options: argparse.Namespace, sizes: list[int], method: str, signal: str | None, in_windows: bool = True
+) -> Trainer:
     """The network and its trainer: the same first weights for the same seed, whatever the method."""
     feedback, rule = feedback_and_rule(options)
+    windows = {"window": options.window, "visits": options.visits, "first_visit": options.first_visit} if in_windows else {}
     torch.manual_seed(options.seed)
     return Trainer(
         f3.models.MLP(sizes, options.activation, feedback),
@@ -183,6 +202,7 @@ def make_trainer(options: argparse.Namespace, sizes: list[int], method: str, sig
         backend=options.backend,
         precision=options.precision,
         cuda_graph=options.cuda_graph,
+        **windows,
     )
 
 
@@ -228,13 +248,17 @@ def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Datase
     _, rule = feedback_and_rule(options)
     signal = resolve_signal(options.method, options.signal, options.link, options.mask_target)
     samples, types = len(data[0]), resolve_precision(options.precision, pick_device(options.device), options.method)
-    return mlp_budget(sizes, min(options.batch_size, samples), samples, rule, signal, types, sum(d.nbytes for d in data))
+    windows = windows_of(options)
+    rows = min(windows.size, samples) if windows is not None and windows.local else samples
+    return mlp_budget(sizes, min(options.batch_size, samples), rows, rule, signal, types, sum(d.nbytes for d in data))
 
 
 def train(options: argparse.Namespace, compare: bool) -> None:
     began = time.perf_counter()
     say = (lambda line: None) if options.quiet else lambda line: print(line, flush=True)
     feedback_and_rule(options)  # what needs no data is checked before it is read
+    windows = windows_of(options)
+    check_epochs(options.epochs, windows)
     check_seed(options.seed)
     pick_device(options.device)
     if options.output_dir:
@@ -248,6 +272,8 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     sizes = [train_set.in_features, *options.hidden, train_set.outputs]
     if options.dry_run:
         say("\n".join(describe(dry_budget(options, sizes, data))))
+        steps = options.epochs * steps_per_epoch(len(train_set), options.batch_size, windows)
+        say(f"steps {steps:,}, of {options.batch_size} sample visits each, in {options.epochs:,} epochs")
         return
     trainer = make_trainer(options, sizes, options.method, options.signal)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
@@ -283,7 +309,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     other = None
     if compare and result.status == "completed":
         say("the same network by backpropagation:")
-        other = make_trainer(options, sizes, "bp", None)
+        other = make_trainer(options, sizes, "bp", None, in_windows=False)
         fit(other, options, data)
     summary = finish(folder, trainer, data, result, began, other)
     for line in report(summary, folder, train_set.preprocessing.target_names):

@@ -62,7 +62,8 @@ class F3Learner:
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
         self.scale = scale
         self.dtype, self.device = working_dtype(model), updater.step.device
-        self.graph: GraphedStep | None = None
+        self.hidden_learn = True  # off on a window's first visit, where there is no error yet
+        self.graphs: dict[bool, GraphedStep] = {}  # by `hidden_learn`
         self.store: MemoryStore | None = None
         if signal.delayed:
             everything = torch.arange(len(data), device=data.device)
@@ -73,12 +74,13 @@ class F3Learner:
         linear = all(isinstance(stage, Linear) for stage in self.model.stages)
         if linear and self.data.device == self.device:
             slots = min(CHECK_EVERY, KEPT_OUTPUTS // (batch * self.last.out_features) + 1) + 1  # what a Tally keeps waiting
-            self.graph = GraphedStep(self._learn, batch, slots, self.device)
-        return self.graph is not None
+            self.graphs = {learn: GraphedStep(self._learn, batch, slots, self.device) for learn in (True, False)}
+        return bool(self.graphs)
 
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        if self.graph is not None and len(index) == self.graph.batch:
-            return self.graph(index, lr)
+        graph = self.graphs.get(self.hidden_learn)
+        if graph is not None and len(index) == graph.batch:
+            return graph(index, lr)
         return self._learn(index, lr)
 
     @torch.no_grad()
@@ -94,7 +96,7 @@ class F3Learner:
             for stage in self.hidden:
                 x, kept = stage.keep(x, updater)
                 kept_stages.append(kept)
-        elif signal.source == "none":
+        elif signal.source == "none" or not self.hidden_learn:
             with autocast(x.device, updater.compute_dtype):
                 for stage in self.hidden:
                     x = stage(x)

@@ -21,6 +21,7 @@ from .rules import make_rule
 from .schedules import make_schedule
 from .seeds import check_seed, derived_seed, sample_order
 from .signals import resolve_loss, resolve_signal
+from .windows import WindowOrder, WindowView, check_epochs, resolve_windows, steps_per_epoch
 from .words import check_word
 
 SWITCH = ("auto", "on", "off")
@@ -65,6 +66,8 @@ class Trainer:
     - `lr_schedule`: constant, cosine, linear, after `warmup_steps`; cosine, the default, removes much of what a stale
       error costs, but the schedule needs to know the run's length: `fit` takes `epochs`
     - `batch_size`, `eval_batch_size`, `seed` (sample order and feedback), `device`, `backend`, `precision`
+    - `window`, `visits`, `first_visit`: a number of samples (or auto, off) that are visited so many times in a row before the
+      next ones, and what the first of these visits teaches the hidden layers; see `windows.Windows`
     - `cuda_graph`: auto, on, off; by default every step of F3 and its kin on a CUDA device is one graph, where all stages
       are Linear and the data is on the device
 
@@ -90,6 +93,9 @@ class Trainer:
         device: str | torch.device = "auto",
         backend: str = "auto",
         precision: str = "float32",
+        window: int | str = "off",
+        visits: int | None = None,
+        first_visit: str | None = None,
         cuda_graph: str = "auto",
     ) -> None:
         if not isinstance(model, Sequential):
@@ -108,6 +114,8 @@ class Trainer:
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         make_schedule(lr_schedule, 1.0, warmup_steps, warmup_steps)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        delayed = self.signal is not None and self.signal.delayed
+        self.windows = resolve_windows(window, visits, first_visit, batch_size, delayed)
         self.device = pick_device(device)
         self.precision = precision
         types = resolve_precision(precision, self.device, method)
@@ -153,9 +161,10 @@ class Trainer:
         self.check(train, test, epochs, eval_every)
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
+        view = self._view(train)
         self.learner = make_learner(
-            self.model, train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale, self.compute_dtype,
-            derived_seed(self.seed, "rounding"),
+            self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
+            self.compute_dtype, derived_seed(self.seed, "rounding"),
         )  # fmt: skip
         if self.cuda_graph != "off":
             graphed = isinstance(self.learner, F3Learner) and self.learner.use_graph(self.batch_size)
@@ -164,9 +173,15 @@ class Trainer:
                     "cuda graph 'on' needs stages that are all Linear, data that fits on the device, and a method other than "
                     "'bp'; use 'auto'"
                 )
-        steps_per_epoch = math.ceil(len(train) / self.batch_size)
-        lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * steps_per_epoch, self.warmup_steps)
-        choose = batches or (lambda epoch: self._batches(train, epoch))
+        epoch_steps = steps_per_epoch(len(train), self.batch_size, self.windows)
+        lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * epoch_steps, self.warmup_steps)
+        if self.windows is None:
+            choose = batches or (lambda epoch: self._batches(train, epoch))
+        elif batches is None:
+            windowed = WindowOrder(len(train), self.batch_size, self.windows, self.seed, train.device)
+            choose = lambda epoch: windowed.batches(epoch, self.learner, view)  # noqa: E731
+        else:
+            raise InputError("batches of your own and windows cannot go together; leave one out")
         self.result = result = FitResult()
         try:
             for epoch in range(epochs):
@@ -182,7 +197,7 @@ class Trainer:
         except KeyboardInterrupt:
             result.status = "interrupted"
             if result.steps > (result.history[-1]["step"] if result.history else 0):
-                record = {"epoch": round(result.steps / steps_per_epoch, 3), "step": result.steps, "lr": lr_at(result.steps)}
+                record = {"epoch": round(result.steps / epoch_steps, 3), "step": result.steps, "lr": lr_at(result.steps)}
                 self._record(record, test, loss, on_record)
         return result
 
@@ -195,15 +210,16 @@ class Trainer:
     ) -> None:
         """What `fit` does before it trains: raise InputError where anything does not fit, and draw the feedback."""
         train, test = _as_dataset(train), _as_dataset(test)
-        for name, value in (("epochs", epochs), ("eval every", eval_every)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_epochs(epochs, self.windows)
+        if not isinstance(eval_every, int) or eval_every < 1:
+            raise InputError(f"eval every must be a whole number of at least 1, got {eval_every!r}")
         if test is not None and (test.task, test.outputs) != (train.task, train.outputs):
             raise InputError(
                 f"the test set is {test.task} with {test.outputs} outputs, the training set {train.task} with {train.outputs}"
             )
         resolve_loss(self.loss, train.task)
-        make_schedule(self.lr_schedule, self.rule.lr, epochs * math.ceil(len(train) / self.batch_size), self.warmup_steps)
+        steps = epochs * steps_per_epoch(len(train), self.batch_size, self.windows)
+        make_schedule(self.lr_schedule, self.rule.lr, steps, self.warmup_steps)
         if self.signal is not None and self.signal.mask and train.task != "classification":
             raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
         last = self.model.stages[-1]
@@ -222,6 +238,7 @@ class Trainer:
         """The settings that matter most, in one line."""
         rule = type(self.rule).__name__
         signal = "" if self.signal is None else f", signal {self.signal.source}{' masked by the target' * self.signal.mask}"
+        signal += "" if self.windows is None else f", {self.windows}"
         return f"method {self.method}{signal}, {rule} lr {self.rule.lr:g} {self.lr_schedule}, device {self.device}"
 
     def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
@@ -246,6 +263,11 @@ class Trainer:
         if not math.isfinite(figures.loss):
             raise Diverged(step, figures.loss)
         return test_record(test, figures)
+
+    def _view(self, data: Dataset) -> WindowView | None:
+        """The data set by windows, where its error rows are kept for one window only."""
+        local = self.windows is not None and self.windows.local and self.signal is not None and self.signal.delayed
+        return WindowView(data, min(self.windows.size, len(data))) if local else None
 
     def _batches(self, data: Dataset, epoch: int) -> Iterable[Tensor]:
         return sample_order(len(data), self.seed, epoch).to(data.device).split(self.batch_size)
