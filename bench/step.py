@@ -2,6 +2,7 @@
 
     python -m bench.step                      784-500-10, batch 50, one thread
     python -m bench.step --depth 10
+    python -m bench.step --device cuda        see bench/step_gpu.py
 
 The yardsticks are written here in plain PyTorch: `autograd F3` is F3 as one writes it with hooks on autograd (the
 gradient between layers replaced, torch's default Adam: how the authors' code works), `backprop` uses torch's default
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +139,28 @@ def measure(width: int, depth: int, batch: int, steps: int, rounds: int) -> dict
     return rates
 
 
+def on_gpu(options: argparse.Namespace) -> None:
+    """Every setting of `step_gpu`, its table, and the result."""
+    from . import step_gpu
+
+    if not torch.cuda.is_available():
+        print("bench.step: error: --device cuda needs a CUDA or ROCm device, and this machine has none", file=sys.stderr)
+        sys.exit(2)
+    device, results = torch.device("cuda"), {}
+    for name in step_gpu.QUICK if options.quick else step_gpu.SETTINGS:
+        results[name] = found = step_gpu.measure(name, device, 3 if options.quick else options.rounds)
+        ours = found["median"]["f3triton f3"]
+        rows = [
+            [who, f"{value:.0f}", f"{ours / value:.2f}", f"{value / found['bound']:.2f}"]
+            for who, value in found["median"].items()
+        ]
+        print(f"\n{name}\n")
+        print(table(["", "steps/s", "f3triton f3 is this many times as fast", "share of F3's bound"], rows))
+    write_result(
+        options.output, {**origin("bench.step", device), "setting": {"rounds": options.rounds}, "steps_per_second": results}
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[1, 10], help="numbers of hidden layers")
@@ -145,8 +169,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps a round, for one hidden layer; fewer for more")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "step-cpu.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="on CUDA: a tiny network only, three rounds")
+    parser.add_argument("--output", type=Path, help="default: step-cpu.json or step-gpu.json in bench/results")
     options = parser.parse_args()
+    options.output = options.output or RESULTS / f"step-{'gpu' if options.device == 'cuda' else 'cpu'}.json"
+    if options.device == "cuda":
+        on_gpu(options)
+        return
     torch.set_num_threads(options.threads)
     results = {}
     for depth in options.depth:

@@ -1,0 +1,153 @@
+"""Training steps on a GPU: F3 against the best backpropagation that torch offers. Run by `bench.step --device cuda`.
+
+Backpropagation runs in three forms, each with torch's fused Adam and the same precision: eager; compiled
+(`max-autotune-no-cudagraphs`); and compiled with the whole step, optimizer included, in a CUDA graph. F3 runs as `Trainer` runs
+it, and without its graph. Every round times each of them once, by device events; medians over rounds.
+
+Bound: a step's matrix products (F3 4MKN + 2MCN a layer, backpropagation 6MKN) at the rate that a large library product reaches
+here, or the bytes of weights, moments and shadows (float32 Adam: 26 bytes a weight with a shadow in half precision, 24 without)
+at the rate of a large copy, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import f3triton as f3
+
+from .kernels import ceilings
+
+Step = Callable[[Tensor], object]
+LR = 1.5e-4
+SAMPLES = 6000
+# name: (layer sizes, batch, precision)
+SETTINGS = {
+    "784-500-10, batch 50, float32": ([784, 500, 10], 50, "float32"),
+    "8 x 4096, batch 256, bfloat16": ([4096] * 8 + [16], 256, "bfloat16"),
+    "8 x 4096, batch 4096, bfloat16": ([4096] * 8 + [16], 4096, "bfloat16"),
+}
+QUICK = {"20-30-4, batch 8, float32": ([20, 30, 4], 8, "float32")}
+
+
+def data(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = functional.one_hot(torch.randint(0, sizes[-1], (SAMPLES,), generator=generator), sizes[-1]).float()
+    return torch.randn(SAMPLES, sizes[0], generator=generator).to(device), y.to(device)
+
+
+def library(sizes: list[int], batch: int, precision: str, device: torch.device, graph: str, backend: str) -> Step:
+    """A step of this library's trainer."""
+    model = f3.models.MLP(sizes)
+    trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), lr_schedule="constant", device=device, batch_size=batch,
+                         precision=precision, cuda_graph=graph, backend=backend)  # fmt: skip
+    trainer.fit(data(sizes, device), 1, batches=lambda epoch: [torch.arange(batch)] * 4)
+    return lambda index: trainer.learner.step(index, LR)
+
+
+def backprop(sizes: list[int], batch: int, precision: str, device: torch.device, compiled: bool, graphed: bool) -> Step:
+    """A step of backpropagation in plain torch."""
+    x, y = data(sizes, device)
+    layers = [module for k, n in itertools.pairwise(sizes) for module in (nn.Linear(k, n), nn.Tanh())][:-1]
+    model = nn.Sequential(*layers).to(device)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True, capturable=fused)
+    static = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            a = model(inputs)
+        return functional.binary_cross_entropy_with_logits(a.float(), targets)
+
+    if compiled:
+        loss_of = torch.compile(loss_of, mode="max-autotune-no-cudagraphs")
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(x.index_select(0, static), y.index_select(0, static)).backward()
+        optimizer.step()
+
+    if graphed:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay = graph.replay
+    else:
+        replay = run
+
+    def step(index: Tensor) -> None:
+        static.copy_(index)
+        replay()
+
+    return step
+
+
+def contestants(sizes: list[int], batch: int, precision: str, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """By name, what builds each step."""
+    setting = sizes, batch, precision, device
+    found = {
+        "f3triton f3, torch backend": lambda: library(*setting, "off", "torch"),
+        "backprop, fused Adam": lambda: backprop(*setting, compiled=False, graphed=False),
+    }
+    if device.type == "cuda":
+        found |= {
+            "f3triton f3": lambda: library(*setting, "on", "auto"),
+            "f3triton f3, no graph": lambda: library(*setting, "off", "auto"),
+            "f3triton f3, torch backend, graph": lambda: library(*setting, "on", "torch"),
+            "backprop, fused Adam, compiled": lambda: backprop(*setting, compiled=True, graphed=False),
+            "backprop, fused Adam, graph": lambda: backprop(*setting, compiled=False, graphed=True),
+            "backprop, fused Adam, compiled, graph": lambda: backprop(*setting, compiled=True, graphed=True),
+        }
+    return found
+
+
+def rate(step: Step, indices: list[Tensor], device: torch.device) -> float:
+    """Steps a second."""
+    step(indices[0])
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for index in indices:
+            step(index)
+        return len(indices) / (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for index in indices:
+        step(index)
+    end.record()
+    end.synchronize()
+    return len(indices) / (start.elapsed_time(end) / 1e3)
+
+
+def bound(sizes: list[int], batch: int, precision: str, ceiling: dict[str, float]) -> float:
+    """Steps a second that the machine's ceilings allow F3."""
+    pairs = list(itertools.pairwise(sizes))
+    flops = sum(4 * batch * k * n for k, n in pairs) + sum(2 * batch * sizes[-1] * n for _, n in pairs[:-1])
+    moved = sum(k * n for k, n in pairs) * (24 if precision == "float32" else 26)
+    return 1 / max(flops / ceiling["flops"], moved / ceiling["bytes"])
+
+
+def measure(name: str, device: torch.device, rounds: int) -> dict[str, object]:
+    """Rates of all contestants in one setting, in turn."""
+    sizes, batch, precision = {**SETTINGS, **QUICK}[name]
+    steps = {who: build() for who, build in contestants(sizes, batch, precision, device).items()}
+    count = 300 if max(sizes) < 1000 else 20
+    rates: dict[str, list[float]] = {who: [] for who in steps}
+    for _ in range(rounds):
+        indices = [torch.randint(0, SAMPLES, (batch,), device=device) for _ in range(count)]
+        for who, step in steps.items():
+            rates[who].append(rate(step, indices, device))
+    ceiling = ceilings(device, 8192 if device.type == "cuda" else 256, getattr(torch, precision), 5)
+    medians = {who: statistics.median(values) for who, values in rates.items()}
+    return {"median": medians, "rounds": rates, "bound": bound(sizes, batch, precision, ceiling), "ceilings": ceiling}
