@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from f3triton.kernels import Adam, tiles, triton_linear, triton_ops, triton_output
+from f3triton.kernels import SGD, Adam, tiles, triton_linear, triton_ops, triton_output
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -48,6 +48,7 @@ class Case:
     tile: tiles.Tile
     dtype: str
     size: tuple[int, int, int, int]
+    moments: int = 2  # of the rule: SGD, SGD with momentum, Adam
 
     @property
     def name(self) -> str:
@@ -59,8 +60,11 @@ def cases() -> list[Case]:
     found = [Case("forward", tiles.FORWARD["small"], dtype, (16, 784, 512, 16)) for dtype in ("fp32", "bf16")]
     found += [Case("forward", tiles.FORWARD["medium"], dtype, (128, 1024, 1024, 16)) for dtype in ("fp32", "bf16")]
     found += [Case("forward", tiles.FORWARD["large"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp16", "bf16")]
+    found += [Case("forward", tiles.FORWARD["roomy"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp16", "bf16")]
     found += [Case("update", tiles.UPDATE["small"], dtype, (64, 784, 256, 16)) for dtype in ("fp32", "bf16")]
     found += [Case("update", tiles.UPDATE["medium"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
+    for moments, name in enumerate(("roomy", "roomy, one moment", "roomy, two moments")):
+        found += [Case("update", tiles.UPDATE[name], "bf16", (4096, 4096, 4096, 16), moments)]
     for rows, tile in tiles.STEP.items():
         found += [Case("step_small", tile, dtype, (rows, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
     found += [Case("output", tiles.Tile((64, 16), 4, 3), "fp32", (4096, 1, 1, 16))]
@@ -77,7 +81,8 @@ def constants(case: Case) -> dict[str, object]:
     product = {"DTYPE": TYPES[case.dtype], "PRECISION": "ieee", "HAS_BIAS": True}
     if case.kernel != "forward":
         product |= {"SHADOW": case.dtype != "fp32", "STOCHASTIC": False}
-    rule = triton_ops._constants(triton_ops._rule_arguments(Adam(), 0.0, 1)) | {"STEP_IN_MEMORY": True}
+    rules = SGD(), SGD(momentum=0.9), Adam()
+    rule = triton_ops._constants(triton_ops._rule_arguments(rules[case.moments], 0.0, 1)) | {"STEP_IN_MEMORY": True}
     blocks = case.tile.blocks
     if case.kernel == "update_elements":
         return rule | {"STOCHASTIC": False, "BLOCK": case.tile.blocks[0]}
@@ -154,8 +159,14 @@ def cost(case: Case) -> tuple[int, int]:
     if case.kernel == "forward":
         return item * (m * k + 2 * m * n) + 4 * (weight + error), 2 * m * n * (k + c)
     if case.kernel == "update":
-        return item * (m * k + m * n) + 24 * weight, 2 * m * n * k
+        return item * (m * k + m * n) + (8 + 8 * case.moments) * weight, 2 * m * n * k
     return item * (m * k + m * n) + 24 * weight + 4 * error, 2 * m * n * (2 * k + c)
+
+
+def fits(case: Case, architecture: str) -> bool:
+    """Whether the tile is ever chosen there: the roomy ones only where there is room."""
+    roomy = [tile for table in (tiles.FORWARD, tiles.UPDATE) for name, tile in table.items() if name.startswith("roomy")]
+    return case.tile not in roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY
 
 
 def report(case: Case, architecture: str) -> dict[str, object]:
@@ -187,7 +198,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; the interpreter cannot compile, unset it")
     chosen = list(ARCHITECTURES) if "all" in options.arch else options.arch
-    rows = [report(case, architecture) for architecture in chosen for case in cases()]
+    rows = [report(case, architecture) for architecture in chosen for case in cases() if fits(case, architecture)]
     columns = ["kernel", "dtype", "arch", "size", "reg", "stack", "shared_bytes", "tensor_core"]
     columns += [f"roofline_us_{machine}" for machine in MACHINES]
     print(table(columns, [[row.get(column, "") for column in columns] for row in rows]))

@@ -5,7 +5,8 @@ in the one-launch step a program owns a block of rows of the weight, reads them,
 and then updates the rows, which nobody else reads. Weights, moments and feedback are read once and written once: with Adam in
 float32 24 bytes a weight, where backpropagation moves 40.
 
-Sizes may be anything; offsets are 64-bit. Rows and columns outside are masked on both sides of every product, for what
+Sizes may be anything: a tile's corner is a 64-bit offset, what lies in the tile 32-bit ones (64-bit ones everywhere would take
+the registers that the products need). Rows and columns outside are masked on both sides of every product, for what
 lies outside may be NaN. Nothing here is tuned by running it: see `tiles`.
 """
 
@@ -21,29 +22,44 @@ def _load(pointer, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store(parameter, shadow, place, inside, new, seed, step, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _store(parameter, shadow, first, offset, inside, new, seed, step, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr):
     """New values to a parameter, rounded to its type, and to its copy in half precision where there is one."""
     if STOCHASTIC:
-        new = round_stochastic(new, place, seed, step)
-    tl.store(parameter + place, new.to(parameter.dtype.element_ty), mask=inside)
+        new = round_stochastic(new, first + offset.to(tl.int64), seed, step)
+    tl.store(parameter + first + offset, new.to(parameter.dtype.element_ty), mask=inside)
     if SHADOW:
-        tl.store(shadow + place, new.to(shadow.dtype.element_ty), mask=inside)
+        tl.store(shadow + first + offset, new.to(shadow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _project(error, feedback, row, column, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
+def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c, feedback_n,
              ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
-    """`e B` of a tile `[ROWS, COLUMNS]`; the error's columns are gone through `WIDTH` at a time."""
+    """`e B` of a tile `[ROWS, COLUMNS]`, of which `rows` and `columns` are left; both pointers are at its corner.
+
+    The error's columns are gone through `WIDTH` at a time.
+    """
     signal = tl.zeros((ROWS, COLUMNS), tl.float32)
+    m, n, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
+    e_offset = m[:, None] * error_m + c[None, :] * error_c
+    b_offset = c[:, None] * feedback_c + n[None, :] * feedback_n
     for start in range(0, width, WIDTH):
-        c = start + tl.arange(0, WIDTH).to(tl.int64)
-        e_inside = (row < rows)[:, None] & (c < width)[None, :]
-        b_inside = (c < width)[:, None] & (column < outputs)[None, :]
-        e = _load(error + row[:, None] * error_m + c[None, :] * error_c, e_inside, DTYPE)
-        b = _load(feedback + c[:, None] * feedback_c + column[None, :] * feedback_n, b_inside, DTYPE)
+        e = _load(error + e_offset, (m < rows)[:, None] & (c < width - start)[None, :], DTYPE)
+        b = _load(feedback + b_offset, (c < width - start)[:, None] & (n < columns)[None, :], DTYPE)
         signal = tl.dot(e, b, signal, input_precision=PRECISION)
+        error += WIDTH * error_c
+        feedback += WIDTH * feedback_c
     return signal
+
+
+@triton.jit
+def _place(blocks_a, blocks_b, GROUP: tl.constexpr):
+    """This program's tile `(a, b)`: runs of GROUP along a for each b, so that what neighbours read is still in the cache."""
+    program = tl.program_id(0)
+    first = program // (GROUP * blocks_b) * GROUP
+    size = tl.minimum(blocks_a - first, GROUP)
+    within = program % (GROUP * blocks_b)
+    return (first + within % size).to(tl.int64), (within // size).to(tl.int64)
 
 
 @triton.jit
@@ -56,26 +72,31 @@ def forward(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`h = phi(x W^T + b)  [rows, outputs]` and, with an error, `delta = scale (e B) * phi'(a)`, both contiguous."""
-    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8)
+    m0, n0 = block_m * ROWS, block_n * OUTPUTS
+    m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
+    x += m0 * x_m
+    weight += n0 * weight_n
+    x_offset = m[:, None] * x_m + k[None, :] * x_k
+    weight_offset = k[:, None] * weight_k + n[None, :] * weight_n
     a = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
-        k = start + tl.arange(0, INPUTS).to(tl.int64)
-        left = _load(x + m[:, None] * x_m + k[None, :] * x_k, (m < rows)[:, None] & (k < inputs)[None, :], DTYPE)
-        within = (k < inputs)[:, None] & (n < outputs)[None, :]
-        right = _load(weight + k[:, None] * weight_k + n[None, :] * weight_n, within, DTYPE)
+        left = _load(x + x_offset, (m < rows - m0)[:, None] & (k < inputs - start)[None, :], DTYPE)
+        right = _load(weight + weight_offset, (k < inputs - start)[:, None] & (n < outputs - n0)[None, :], DTYPE)
         a = tl.dot(left, right, a, input_precision=PRECISION)
+        x += INPUTS * x_k
+        weight += INPUTS * weight_k
     if HAS_BIAS:
-        a += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    inside = (m < rows)[:, None] & (n < outputs)[None, :]
-    place = m[:, None] * outputs + n[None, :]
+        a += _load(bias + n0 + n, n < outputs - n0, tl.float32)[None, :]
+    inside = (m < rows - m0)[:, None] & (n < outputs - n0)[None, :]
+    first, offset = m0 * outputs + n0, m[:, None] * outputs + n[None, :]
     out = activate(a, ACTIVATION)
-    tl.store(h + place, out.to(h.dtype.element_ty), mask=inside)
+    tl.store(h + first + offset, out.to(h.dtype.element_ty), mask=inside)
     if HAS_ERROR:
-        signal = _project(error, feedback, m, n, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
-                          ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
+        signal = _project(error + m0 * error_m, feedback + n0 * feedback_n, rows - m0, outputs - n0, width,
+                          error_m, error_c, feedback_c, feedback_n, ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
         signal = times_slope(scale * signal, a, out, ACTIVATION)
-        tl.store(delta + place, signal.to(delta.dtype.element_ty), mask=inside)
+        tl.store(delta + first + offset, signal.to(delta.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "bias_seed"])
@@ -91,37 +112,48 @@ def update(
 ):  # fmt: skip
     """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients are written.
 
-    The first column of programs also sums `delta` for the bias: it reads those tiles anyway.
+    The first column of programs also sums `delta` for the bias, in a loop of its own: in the products' loop the sum would
+    hold those tiles in registers, which only the tensor cores should see.
     """
-    n = tl.program_id(1).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    k = tl.program_id(0).to(tl.int64) * INPUTS + tl.arange(0, INPUTS)
-    gradient_tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
-    total = tl.zeros((OUTPUTS,), tl.float32)
+    block_n, block_k = _place(tl.cdiv(outputs, OUTPUTS), tl.cdiv(inputs, INPUTS), 8)
+    n0, k0 = block_n * OUTPUTS, block_k * INPUTS
+    n, k, m = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
+    delta += n0 * delta_n
+    x += k0 * x_k
+    delta_offset = n[:, None] * delta_n + m[None, :] * delta_m
+    x_offset = m[:, None] * x_m + k[None, :] * x_k
+    tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    delta_here = delta
     for start in range(0, rows, ROWS):
-        m = start + tl.arange(0, ROWS).to(tl.int64)
-        left = _load(delta + n[:, None] * delta_n + m[None, :] * delta_m, (n < outputs)[:, None] & (m < rows)[None, :], DTYPE)
-        right = _load(x + m[:, None] * x_m + k[None, :] * x_k, (m < rows)[:, None] & (k < inputs)[None, :], DTYPE)
-        gradient_tile = tl.dot(left, right, gradient_tile, input_precision=PRECISION)
-        if HAS_BIAS:
-            total += tl.sum(left.to(tl.float32), 1)
-    inside = (n < outputs)[:, None] & (k < inputs)[None, :]
-    place = n[:, None] * inputs + k[None, :]
-    own = n + tl.program_id(0).to(tl.int64) * outputs < outputs  # the bias belongs to the first column of programs
+        left = _load(delta_here + delta_offset, (n < outputs - n0)[:, None] & (m < rows - start)[None, :], DTYPE)
+        right = _load(x + x_offset, (m < rows - start)[:, None] & (k < inputs - k0)[None, :], DTYPE)
+        tile = tl.dot(left, right, tile, input_precision=PRECISION)
+        delta_here += ROWS * delta_m
+        x += ROWS * x_m
+    rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
+    inside = (n < outputs - n0)[:, None] & (k < inputs - k0)[None, :]
+    first, offset = n0 * inputs + k0, n[:, None] * inputs + k[None, :]
     if KEEP_GRADIENT:
-        tl.store(gradient + place, gradient_tile.to(gradient.dtype.element_ty), mask=inside)
-        if HAS_BIAS:
-            tl.store(bias_gradient + n, total.to(bias_gradient.dtype.element_ty), mask=own)
+        tl.store(gradient + first + offset, tile.to(gradient.dtype.element_ty), mask=inside)
     else:
-        rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
-        old = _load(weight + place, inside, tl.float32)
-        new = apply_rule(old, gradient_tile, weight_m1 + place, weight_m2 + place, inside, rate, count, log_beta1, log_beta2,
-                         KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(weight, shadow, place, inside, new, seed, count, SHADOW, STOCHASTIC)
-        if HAS_BIAS:
-            old_bias = _load(bias + n, own, tl.float32)
-            new_bias = apply_rule(old_bias, total, bias_m1 + n, bias_m2 + n, own, rate, count, log_beta1, log_beta2,
+        old = _load(weight + first + offset, inside, tl.float32)
+        new = apply_rule(old, tile, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
+                         log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
+        _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
+    if HAS_BIAS and block_k == 0:
+        total = tl.zeros((OUTPUTS,), tl.float32)
+        for start in range(0, rows, ROWS):
+            within = (n < outputs - n0)[:, None] & (m < rows - start)[None, :]
+            total += tl.sum(_load(delta + delta_offset, within, tl.float32), 1)
+            delta += ROWS * delta_m
+        own = n < outputs - n0
+        if KEEP_GRADIENT:
+            tl.store(bias_gradient + n0 + n, total.to(bias_gradient.dtype.element_ty), mask=own)
+        else:
+            old_bias = _load(bias + n0 + n, own, tl.float32)
+            new_bias = apply_rule(old_bias, total, bias_m1 + n0 + n, bias_m2 + n0 + n, own, rate, count, log_beta1, log_beta2,
                                   KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-            _store(bias, bias, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
+            _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
 @triton.jit(do_not_specialize=["seed", "bias_seed"])
@@ -140,42 +172,49 @@ def step_small(
     No barrier is needed: `h` and `delta` of a row of W need only that row, and the first loop is over before the second
     one writes.
     """
-    n = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.arange(0, ROWS).to(tl.int64)
+    n0 = tl.program_id(0).to(tl.int64) * OUTPUTS
+    m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
+    first = n0 * inputs
+    x_offset = m[:, None] * x_m + k[None, :] * x_k
+    weight_offset = k[:, None] + n[None, :] * inputs
+    own = n < outputs - n0
+    x_here, weight_here = x, weight + first
     a = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
-        k = start + tl.arange(0, INPUTS).to(tl.int64)
-        left = _load(x + m[:, None] * x_m + k[None, :] * x_k, (m < rows)[:, None] & (k < inputs)[None, :], DTYPE)
-        right = _load(weight + n[None, :] * inputs + k[:, None], (k < inputs)[:, None] & (n < outputs)[None, :], DTYPE)
+        left = _load(x_here + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
+        right = _load(weight_here + weight_offset, (k < inputs - start)[:, None] & own[None, :], DTYPE)
         a = tl.dot(left, right, a, input_precision=PRECISION)
+        x_here += INPUTS * x_k
+        weight_here += INPUTS
     if HAS_BIAS:
-        old_bias = _load(bias + n, n < outputs, tl.float32)
+        old_bias = _load(bias + n0 + n, own, tl.float32)
         a += old_bias[None, :]
     out = activate(a, ACTIVATION)
-    inside_h = (m < rows)[:, None] & (n < outputs)[None, :]
-    tl.store(h + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
-    signal = _project(error, feedback, m, n, rows, outputs, width, error_m, error_c, feedback_c, feedback_n,
+    inside_h = (m < rows)[:, None] & own[None, :]
+    tl.store(h + n0 + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
+    signal = _project(error, feedback + n0 * feedback_n, rows, outputs - n0, width, error_m, error_c, feedback_c, feedback_n,
                       ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
     # Rows beyond the batch have no error, and so no part in the gradient.
     delta = tl.where(inside_h, times_slope(scale * signal, a, out, ACTIVATION), 0.0).to(DTYPE)
     rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
     left = tl.trans(delta)
+    offset = n[:, None] * inputs + k[None, :]
     tl.debug_barrier()  # every warp has read its part of W before any warp writes
     for start in range(0, inputs, INPUTS):
-        k = start + tl.arange(0, INPUTS).to(tl.int64)
-        right = _load(x + m[:, None] * x_m + k[None, :] * x_k, (m < rows)[:, None] & (k < inputs)[None, :], DTYPE)
+        right = _load(x + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
         gradient = tl.dot(left, right, input_precision=PRECISION)
-        inside = (n < outputs)[:, None] & (k < inputs)[None, :]
-        place = n[:, None] * inputs + k[None, :]
-        old = _load(weight + place, inside, tl.float32)
-        new = apply_rule(old, gradient, weight_m1 + place, weight_m2 + place, inside, rate, count, log_beta1, log_beta2,
-                         KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(weight, shadow, place, inside, new, seed, count, SHADOW, STOCHASTIC)
+        inside = own[:, None] & (k < inputs - start)[None, :]
+        old = _load(weight + first + offset, inside, tl.float32)
+        new = apply_rule(old, gradient, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
+                         log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
+        _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
+        x += INPUTS * x_k
+        first += INPUTS
     if HAS_BIAS:
         total = tl.sum(delta.to(tl.float32), 0)
-        new_bias = apply_rule(old_bias, total, bias_m1 + n, bias_m2 + n, n < outputs, rate, count, log_beta1, log_beta2,
+        new_bias = apply_rule(old_bias, total, bias_m1 + n0 + n, bias_m2 + n0 + n, own, rate, count, log_beta1, log_beta2,
                               KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(bias, bias, n, n < outputs, new_bias, bias_seed, count, False, STOCHASTIC)
+        _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -185,11 +224,12 @@ def update_elements(
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rule on any contiguous parameter, from a gradient in memory."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    corner, offset = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+    i = corner + offset
     inside = i < count_elements
     rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
     old = _load(parameter + i, inside, tl.float32)
     own = _load(gradient + i, inside, tl.float32)
     new = apply_rule(old, own, first + i, second + i, inside, rate, count, log_beta1, log_beta2,
                      KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-    _store(parameter, parameter, i, inside, new, seed, count, False, STOCHASTIC)
+    _store(parameter, parameter, corner, offset, inside, new, seed, count, False, STOCHASTIC)

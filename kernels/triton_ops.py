@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -52,6 +52,14 @@ def _check_state(moments: Moments, rule: Rule, shadow: Tensor | None = None, **p
         _check(fits, f"shadow must be contiguous, in half precision, of shape {list(weight.shape)}, got {list(shadow.shape)}")
 
 
+@cache
+def _roomy(device: torch.device) -> bool:
+    """Whether a program on the device can have `tiles.ROOMY` bytes of shared memory."""
+    if device.type != "cuda":
+        return False
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= tiles.ROOMY
+
+
 def _seeds(seed: int | None) -> tuple[int, int]:
     """The seeds of a weight's and a bias's rounding; they are not read where rounding is to nearest."""
     return (0, 0) if seed is None else (seed, seed ^ BIAS_SEED)
@@ -59,6 +67,8 @@ def _seeds(seed: int | None) -> tuple[int, int]:
 
 def _check_product(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
+        near = all(abs(stride) < tiles.STRIDE for stride in tensor.stride())  # within a tile offsets have 32 bits
+        _check(near, f"{name} has strides {tensor.stride()}; the Triton kernels need strides below {tiles.STRIDE}")
         _check(tensor.dim() == 2, f"{name} must have two dimensions, got shape {list(tensor.shape)}")
         _check(tensor.dtype in _DTYPES, f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; use backend 'torch'")
 
@@ -113,9 +123,9 @@ def linear_forward(
     delta = h if error is None else torch.empty_like(h)
     if error is None:
         error = feedback = x  # not read
-    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32)
+    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device))
     block_m, block_n, block_k = tile.blocks
-    kernels.forward[triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m)](
+    kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
         x, weight, weight if bias is None else bias, h, delta, error, feedback, float(scale),
         rows, outputs, inputs, error.shape[1],
         *x.stride(), *weight.stride(), *error.stride(), *feedback.stride(),
@@ -152,10 +162,11 @@ def _launch_update(
     inputs = x.shape[1]
     _check(x.shape[0] == rows, f"delta has {rows} rows and x {x.shape[0]}")
     _check(weight.shape == (outputs, inputs), f"weight has shape {list(weight.shape)}; needed: {[outputs, inputs]}")
-    tile = tiles.update_tile(outputs, inputs)
+    moments = 0 if gradients is not None or weight_moments[0] is weight else 1 if weight_moments[1] is weight else 2
+    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, moments, _roomy(x.device))
     block_n, block_k, block_m = tile.blocks
     kept = gradients if gradients is not None else (weight, weight)
-    kernels.update[triton.cdiv(inputs, block_k), triton.cdiv(outputs, block_n)](
+    kernels.update[(triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n),)](
         weight, weight if bias is None else bias, *weight_moments, *bias_moments, delta, x, *kept,
         weight if shadow is None else shadow,
         rule["lr"], rule["step"], rule["log_beta1"], rule["log_beta2"], *_seeds(seed),
