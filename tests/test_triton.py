@@ -19,7 +19,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-@pytest.mark.parametrize("file", ["test_selfcheck.py", "test_triton_ops.py", "test_triton_training.py"])
+@pytest.mark.parametrize("file", ["test_bench.py", "test_selfcheck.py", "test_triton_ops.py", "test_triton_training.py"])
 def test_in_the_interpreter(file: str) -> None:
     """The interpreter has to be chosen before triton is imported, so the tests run in a process of their own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,23 @@
+"""The benchmark of the kernels runs, and finds every kernel right, at sizes that the interpreter can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU it is run by bench.gpu")
+def test_every_operation_is_measured(tmp_path: Path) -> None:
+    from bench import kernels
+
+    kernels.main(["--dtype", "float16", "--output", str(tmp_path / "kernels.json")])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [row for row in rows if "wrong" in row] == []
+    assert {row["operation"] for row in rows} == set(kernels.OPERATIONS)
+    assert all(row["seconds"]["f3triton"]["median"] > 0 for row in rows)
