@@ -19,9 +19,10 @@ from f3triton.kernels.dispatch import BACKENDS
 from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 import f3triton as f3
-from f3triton.budget import Budget, describe, mlp_budget
+from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
 from f3triton.data import Dataset
 from f3triton.engine import Diverged, evaluate
+from f3triton.errors import ERROR_DTYPES, Codec, make_codec, pick_home
 from f3triton.feedback import LAWS
 from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
 from f3triton.report import Console, shown
@@ -106,6 +107,13 @@ def make_parser() -> Parser:
     add("--lr-schedule", choices=SCHEDULES, default="cosine", help="of the learning rate, after the warmup")
     add("--warmup-steps", type=int, default=0, metavar="N", help="steps of linear warmup")
     add("--epochs", type=int, default=100, help="visits of every sample")
+    add("--error-store", default="auto", metavar="WHERE", help="of delayed errors: auto (the first that fits), device, memory")
+    add(
+        "--error-dtype",
+        default="auto",
+        metavar="TYPE",
+        help=f"of their entries: auto (exact), {', '.join(ERROR_DTYPES)}, top-K",
+    )
     add("--batch-size", type=int, default=50, metavar="N", help="samples a step")
     add("--eval-batch-size", type=int, default=1000, metavar="N", help="samples at once in evaluation")
     add("--window", type=number_of_samples, default="off", metavar="N", help="visit N samples --visits times in a row; or auto")
@@ -183,6 +191,7 @@ def make_trainer(
     """The network and its trainer: the same first weights for the same seed, whatever the method."""
     feedback, rule = feedback_and_rule(options)
     windows = {"window": options.window, "visits": options.visits, "first_visit": options.first_visit} if in_windows else {}
+    errors = {"error_store": options.error_store, "error_dtype": options.error_dtype} if in_windows else {}
     torch.manual_seed(options.seed)
     return Trainer(
         f3.models.MLP(sizes, options.activation, feedback),
@@ -203,6 +212,7 @@ def make_trainer(
         precision=options.precision,
         cuda_graph=options.cuda_graph,
         **windows,
+        **errors,
     )
 
 
@@ -234,13 +244,15 @@ def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> N
     idle = {"--hidden-scale", "--link", "--mask-target", "--feedback", "--feedback-values", "--feedback-scale"}
     if signal is not None and signal.source != "none":
         idle = {"--link"} if signal.source == "target" else set()
+    if signal is None or not signal.delayed:
+        idle |= {"--error-store", "--error-dtype"}
     for option in sorted(idle & given):
         taught = "backpropagation" if signal is None else f"the signal {signal.source!r}"
         raise f3.InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
 
 
-def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Dataset, Dataset]) -> Budget:
-    """The needs of the run, by arithmetic; of the network only the shapes are made."""
+def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Dataset, Dataset]) -> tuple[Budget, str]:
+    """The needs of the run, by arithmetic, and a line about its error store; of the network only the shapes are made."""
     with torch.device("meta"):
         f3.models.MLP(sizes, options.activation)
     if options.batch_size < 1:
@@ -250,7 +262,18 @@ def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Datase
     samples, types = len(data[0]), resolve_precision(options.precision, pick_device(options.device), options.method)
     windows = windows_of(options)
     rows = min(windows.size, samples) if windows is not None and windows.local else samples
-    return mlp_budget(sizes, min(options.batch_size, samples), rows, rule, signal, types, sum(d.nbytes for d in data))
+    error_bytes, line = 0, "error store: none"
+    if signal is not None and signal.delayed:
+        codec = make_codec(options.error_dtype, sizes[-1], types.working, data[0].task == "classification")
+        home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
+        error_bytes, line = rows * codec.row_bytes, store_line(home, rows, codec)
+    batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
+    return mlp_budget(sizes, batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes), line
+
+
+def store_line(home: str, samples: int, codec: Codec) -> str:
+    needed = readable_bytes(samples * codec.row_bytes)
+    return f"error store: {home}, {codec.word}, {samples:,} rows of {codec.row_bytes:,} bytes, {needed}"
 
 
 def train(options: argparse.Namespace, compare: bool) -> None:
@@ -271,13 +294,17 @@ def train(options: argparse.Namespace, compare: bool) -> None:
 
     sizes = [train_set.in_features, *options.hidden, train_set.outputs]
     if options.dry_run:
-        say("\n".join(describe(dry_budget(options, sizes, data))))
+        budget, line = dry_budget(options, sizes, data)
+        say("\n".join([*describe(budget), line]))
         steps = options.epochs * steps_per_epoch(len(train_set), options.batch_size, windows)
         say(f"steps {steps:,}, of {options.batch_size} sample visits each, in {options.epochs:,} epochs")
         return
     trainer = make_trainer(options, sizes, options.method, options.signal)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
     say(f"MLP {'-'.join(map(str, sizes))}, {trainer.describe()}")
+    store = trainer.store_for(train_set)
+    if store is not None:
+        say(store_line(*store))
 
     folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
     folder.require_space(trainer.model)

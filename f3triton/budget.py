@@ -37,12 +37,14 @@ def mlp_budget(
     types: Precision = FLOAT32,
     data_bytes: int = 0,
     bias: bool = True,
+    error_bytes: int | None = None,
 ) -> Budget:
     """The budget of an MLP of `sizes [inputs, hidden, ..., C]`, by `signal` (None: backpropagation).
 
     Matrix products of a layer with K inputs and N outputs (batch M, error width C): forward 2MKN; weight gradient 2MKN;
     feedback 2MCN in F3; input gradient 2MKN in backpropagation, but for the first layer. Activations count the tensors
     alive at once: one layer's input, output and error signal in F3; every layer's in backpropagation and DFA.
+    `error_bytes` are those of the error store in memory, where that is not a row of the working type for each sample.
     """
     layers = list(itertools.pairwise(sizes))
     hidden, classes = layers[:-1], sizes[-1]
@@ -68,6 +70,8 @@ def mlp_budget(
         activations = every_layer + batch * max(sizes[1:]) if signal.current else largest
         gradients = scratch
     weight, state, product = types.parameters.itemsize, types.working.itemsize, (types.products or types.working).itemsize
+    if error_bytes is None:
+        error_bytes = samples * classes * state if signal is not None and signal.delayed else 0
     return Budget(
         layers,
         parameters,
@@ -77,7 +81,7 @@ def mlp_budget(
             "moments": rule.moments * taught * state,
             "gradients": gradients * state,
             "feedback": feedback * weight,
-            "errors": samples * classes * state if signal is not None and signal.delayed else 0,
+            "errors": error_bytes,
             "activations": activations * product,
             "data": data_bytes,
         },

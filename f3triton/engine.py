@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import MemoryStore
+from .errors import ErrorStore
 from .graphs import GraphedStep
 from .layers import Linear, Sequential, autocast
 from .rules import Updater, torch_optimizer
@@ -57,22 +57,28 @@ class F3Learner:
     updated from the error at the output. Runs without autograd, but for what is inside a `Block`.
     """
 
-    def __init__(self, model: Sequential, data: Data, updater: Updater, loss: str, signal: Signal, scale: float | str) -> None:
+    def __init__(
+        self,
+        model: Sequential,
+        data: Data,
+        updater: Updater,
+        loss: str,
+        signal: Signal,
+        scale: float | str,
+        store: ErrorStore | None,
+    ) -> None:
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
         self.scale = scale
         self.dtype, self.device = working_dtype(model), updater.step.device
         self.hidden_learn = True  # off on a window's first visit, where there is no error yet
         self.graphs: dict[bool, GraphedStep] = {}  # by `hidden_learn`
-        self.store: MemoryStore | None = None
-        if signal.delayed:
-            everything = torch.arange(len(data), device=data.device)
-            self.store = MemoryStore(data.one_hot(everything, self.dtype).to(self.device))
+        self.store = store  # where the signal is delayed
 
     def use_graph(self, batch: int) -> bool:
         """Run steps of `batch` samples as a CUDA graph from now on (see `graphs`); returns False where they cannot be."""
         linear = all(isinstance(stage, Linear) for stage in self.model.stages)
-        if linear and self.data.device == self.device:
+        if linear and self.data.device == self.device and (self.store is None or self.store.on_device):
             slots = min(CHECK_EVERY, KEPT_OUTPUTS // (batch * self.last.out_features) + 1) + 1  # what a Tally keeps waiting
             self.graphs = {learn: GraphedStep(self._learn, batch, slots, self.device) for learn in (True, False)}
         return bool(self.graphs)
@@ -88,8 +94,6 @@ class F3Learner:
         updater, signal = self.updater, self.signal
         updater.next_step(lr)
         x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
-        if index.device != self.device:
-            index = index.to(self.device, non_blocking=True)
         scale = 1 / len(index) if self.scale == "mean" else self.scale
         kept_stages = []
         if signal.current:
@@ -167,13 +171,14 @@ def make_learner(
     scale: float | str,
     compute_dtype: torch.dtype | None,
     rounding_seed: int = 0,
+    store: ErrorStore | None = None,
 ) -> Learner:
-    """The learner of a signal; backpropagation where it is None."""
+    """The learner of a signal, with a `store` where that is delayed; backpropagation where it is None."""
     if signal is None:
         return BackpropLearner(model, data, rule, loss, compute_dtype)
     taught = list(model.stages[-1].parameters()) if signal.source == "none" else list(model.parameters())
     updater = Updater(rule, taught, ops, device, compute_dtype, rounding_seed)
-    return F3Learner(model, data, updater, loss, signal, scale)
+    return F3Learner(model, data, updater, loss, signal, scale, store)
 
 
 @dataclass

@@ -22,9 +22,11 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     """
     last = result.history[-1] if result.history else {}
     figure = "test_error" if train.task == "classification" else "test_mse"
+    store = getattr(trainer.learner, "store", None)
     best = min((r for r in result.history if figure in r), key=lambda r: r[figure], default={})
     return {
         "method": trainer.method,
+        "error_store": None if store is None else store.describe(),
         "signal": None if trainer.signal is None else trainer.signal.source,
         "status": result.status,
         "dataset": train.name,

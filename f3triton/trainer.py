@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .data import Dataset
-from .engine import Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
+from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
+from .errors import Codec, ErrorStore, Rows, make_codec, make_store, pick_home
+from .errors.codecs import check_error_dtype
 from .exceptions import InputError
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
@@ -68,6 +70,8 @@ class Trainer:
     - `batch_size`, `eval_batch_size`, `seed` (sample order and feedback), `device`, `backend`, `precision`
     - `window`, `visits`, `first_visit`: a number of samples (or auto, off) that are visited so many times in a row before the
       next ones, and what the first of these visits teaches the hidden layers; see `windows.Windows`
+    - `error_store`: where the error of every sample's last visit is kept: auto (the first that fits), device, memory;
+      `error_dtype`: how: auto (exactly), float32, float16, bfloat16, int8, ternary, top-K (see `errors.codecs`)
     - `cuda_graph`: auto, on, off; by default every step of F3 and its kin on a CUDA device is one graph, where all stages
       are Linear and the data is on the device
 
@@ -96,6 +100,8 @@ class Trainer:
         window: int | str = "off",
         visits: int | None = None,
         first_visit: str | None = None,
+        error_store: str = "auto",
+        error_dtype: str = "auto",
         cuda_graph: str = "auto",
     ) -> None:
         if not isinstance(model, Sequential):
@@ -116,6 +122,10 @@ class Trainer:
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         delayed = self.signal is not None and self.signal.delayed
         self.windows = resolve_windows(window, visits, first_visit, batch_size, delayed)
+        for name, value in (("store", error_store), ("dtype", check_error_dtype(error_dtype))):
+            if value != "auto" and not delayed:
+                raise InputError(f"error {name} {value!r} has no effect where no error is kept between visits; leave it out")
+        self.error_store, self.error_dtype = error_store, error_dtype
         self.device = pick_device(device)
         self.precision = precision
         types = resolve_precision(precision, self.device, method)
@@ -162,9 +172,10 @@ class Trainer:
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
         view = self._view(train)
+        store = self._make_store(train, view or train)
         self.learner = make_learner(
             self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
-            self.compute_dtype, derived_seed(self.seed, "rounding"),
+            self.compute_dtype, derived_seed(self.seed, "rounding"), store,
         )  # fmt: skip
         if self.cuda_graph != "off":
             graphed = isinstance(self.learner, F3Learner) and self.learner.use_graph(self.batch_size)
@@ -187,12 +198,16 @@ class Trainer:
             for epoch in range(epochs):
                 began = time.perf_counter()
                 with matmul_precision(self.precision):
-                    order = (index.to(train.device) for index in choose(epoch))
+                    if store is None or self.windows is not None:  # the order of windows tells the learner things on its way
+                        order = (index.to(train.device) for index in choose(epoch))
+                    else:
+                        order = store.plan(choose(epoch), train.device)
                     figures = run_epoch(self.learner, _count(order, on_step), lr_at, result)
+                    carried = self._end_epoch(store, epoch)
                 result.learning_seconds += time.perf_counter() - began
                 if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
                     record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
-                    self._record(record | _train_figures(train, figures), test, loss, on_record)
+                    self._record(record | _train_figures(train, figures) | carried, test, loss, on_record)
             result.status = "completed"
         except KeyboardInterrupt:
             result.status = "interrupted"
@@ -233,6 +248,27 @@ class Trainer:
         uses_feedback = self.signal is not None and self.signal.source != "none"
         with autocast(self.device, self.compute_dtype):
             self.model.prepare(example.to(self.device), train.outputs, self.seed if uses_feedback else None)
+        self.store_for(train)
+
+    def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
+        """(home, samples, codec) of the error store that `fit` will make; None where the method needs none."""
+        if self.signal is None or not self.signal.delayed:
+            return None
+        codec = make_codec(self.error_dtype, train.outputs, working_dtype(self.model), train.task == "classification")
+        local = self.windows is not None and self.windows.local
+        samples = min(self.windows.size, len(train)) if local else len(train)
+        return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
+
+    def _make_store(self, train: Dataset, data: Data) -> ErrorStore | None:
+        chosen = self.store_for(train)
+        if chosen is None:
+            return None
+        home, samples, codec = chosen
+
+        def targets(index: Tensor) -> Tensor:
+            return data.one_hot(index.to(data.device), codec.dtype).to(self.device)
+
+        return make_store(home, Rows(samples, codec, self.device, targets))
 
     def describe(self) -> str:
         """The settings that matter most, in one line."""
@@ -248,6 +284,13 @@ class Trainer:
         """
         data = self._place(_as_dataset(data))
         return self._test_figures(data, resolve_loss(self.loss, data.task), 0)
+
+    def _end_epoch(self, store: ErrorStore | None, epoch: int) -> Record:
+        """Tell the store, at the end of a pass, and count the samples that kept an older error because they had no visit."""
+        if store is None or (self.windows is not None and (self.windows.local or (epoch + 1) % self.windows.visits)):
+            return {}
+        carried = store.end_epoch()
+        return {"carried_rows": carried} if carried else {}
 
     def _record(self, record: Record, test: Dataset | None, loss: str, on_record: Callable[[Record], None] | None) -> None:
         if test is not None:

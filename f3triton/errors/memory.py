@@ -1,29 +1,62 @@
-"""The delayed errors of a data set as one tensor, `[samples, C]`, in the memory of a device."""
+"""The rows as one tensor in the memory of a device, or of the host."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .store import ErrorStore, Rows
 
-class MemoryStore:
-    """One error row per sample. A row is read before it is written in the same visit, so one copy is enough.
+FILL = 1 << 16  # rows whose targets are made at a time
 
-    `initial [samples, C]` are the rows of the first visit: the targets, by which the first epoch equals DRTP.
-    """
 
-    def __init__(self, initial: Tensor) -> None:
-        self.rows = initial.clone()  # [samples, C]
+class MemoryStore(ErrorStore):
+    """One row per sample. A row is read before it is written in the same visit, so one copy stands for two epochs'."""
 
-    def read(self, index: Tensor) -> Tensor:
-        """The rows `[batch, C]` that the samples `index [batch]` left at their last visit."""
-        return self.rows.index_select(0, index)
-
-    def write(self, index: Tensor, errors: Tensor) -> None:
-        """Keep `errors [batch, C]` for the next visit of the samples `index [batch]`."""
-        self.rows.index_copy_(0, index, errors)
+    def __init__(self, rows: Rows, home: torch.device | None = None) -> None:
+        super().__init__(rows)
+        where = home or rows.device
+        self.home = "memory" if where.type == "cpu" else "device"
+        self.encoded = torch.empty(rows.samples, rows.codec.columns, dtype=rows.codec.storage, device=where)
+        self.visited = torch.zeros(rows.samples, dtype=torch.bool, device=where)  # in this epoch
+        for start in range(0, rows.samples, FILL):
+            index = torch.arange(start, min(start + FILL, rows.samples), device=rows.device)
+            self.encoded[start : start + FILL] = rows.first(index)
 
     @property
-    def bytes(self) -> int:
-        """Memory taken by the rows."""
-        return self.rows.numel() * torch.finfo(self.rows.dtype).bits // 8
+    def rows(self) -> Tensor:
+        """All rows as errors `[samples, C]`."""
+        return self.codec.decode(self.encoded)
+
+    @property
+    def on_device(self) -> bool:
+        return self.encoded.device == self.spec.device
+
+    def read(self, index: Tensor) -> Tensor:
+        if index.device != self.encoded.device:
+            index = index.to(self.encoded.device)
+        rows = self.encoded.index_select(0, index)
+        if rows.device != self.spec.device:
+            rows = rows.to(self.spec.device, non_blocking=True)
+        return self.codec.decode(rows)
+
+    def write(self, index: Tensor, errors: Tensor) -> None:
+        rows = self.spec.encode(index, errors)
+        if index.device != self.encoded.device:
+            index, rows = index.to(self.encoded.device), rows.to(self.encoded.device)
+        self.encoded.index_copy_(0, index, rows)
+        self.visited.index_fill_(0, index, True)
+
+    def end_epoch(self) -> int:
+        carried = self.samples - int(self.visited.sum())
+        self.visited.zero_()
+        self.epoch += 1
+        return carried
+
+    def state(self) -> dict[str, Tensor]:
+        return {"rows": self.encoded.cpu(), "visited": self.visited.cpu()}
+
+    def restore(self, state: dict[str, Tensor], epoch: int) -> None:
+        self.encoded.copy_(state["rows"])
+        self.visited.copy_(state["visited"])
+        self.epoch = epoch

@@ -1,0 +1,163 @@
+"""How an error row is kept: whole, in half precision, or in a few bits. The same code for every home, on any device.
+
+A codec turns errors `[M, C]` into rows `[M, columns]` of its storage type, and back. Every codec gives a one-hot target
+back exactly, so that the first visit is the same with all of them.
+
+| word                        | bytes of a row        | keeps                                                            |
+| --------------------------- | --------------------- | ---------------------------------------------------------------- |
+| `float64`, `float32`        | 8 C, 4 C              | the number                                                       |
+| `float16`, `bfloat16`       | 2 C                   | the nearest one; float16 ends at 65504                           |
+| `int8`                      | 4 + C                 | the largest magnitude s of the row, and round(127 e / s)         |
+| `ternary`                   | 4 + ceil(C / 4)       | -s, 0 or s: 0 below half the largest magnitude, s the mean above |
+| `top-K`                     | 4 K, 6 K if C > 32768 | the targets' entries, then the largest, K in all, in float16     |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from ..words import check_word
+
+FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ERROR_DTYPES = (*FLOATS, "int8", "ternary")
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+class Codec:
+    """`encode` errors `[M, width]` into rows `[M, columns]` of type `storage`, and `decode` them to `dtype`.
+
+    `needs_target`: whether `encode` asks for the samples' targets `[M, width]`.
+    """
+
+    needs_target = False
+
+    def __init__(self, word: str, width: int, dtype: torch.dtype, columns: int, storage: torch.dtype = torch.uint8) -> None:
+        self.word, self.width, self.dtype, self.columns, self.storage = word, width, dtype, columns, storage
+        self.row_bytes = columns * storage.itemsize
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Float(Codec):
+    """The entries as floats of any width."""
+
+    def __init__(self, word: str, width: int, dtype: torch.dtype) -> None:
+        super().__init__(word, width, dtype, width, FLOATS[word])
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        if self.storage == torch.float16:
+            errors = errors.clamp(-HALF_MAX, HALF_MAX)
+        return errors.to(self.storage)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        return rows.to(self.dtype)
+
+
+class Int8(Codec):
+    """The row's largest magnitude as float32, then every entry as a 127th part of it, to the nearest."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__("int8", width, dtype, 4 + width)
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        scale = errors.abs().amax(1, keepdim=True).float()  # [M, 1]
+        parts = (errors / scale.clamp_min(torch.finfo(torch.float32).tiny) * 127).round().clamp(-127, 127)
+        return torch.cat([_bytes(scale), _bytes(parts.to(torch.int8))], 1)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        scale = _from_bytes(rows[:, :4], torch.float32).to(self.dtype)  # [M, 1]
+        return rows[:, 4:].view(torch.int8).to(self.dtype) / 127 * scale
+
+
+class Ternary(Codec):
+    """One magnitude for the row as float32, then two bits an entry, four entries a byte, the first in the lowest bits.
+
+    0, 1, 2 stand for 0, +s, -s. s is the mean magnitude of the entries that are at least half of the row's largest.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__("ternary", width, dtype, 4 + math.ceil(width / 4))
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        size = errors.abs()
+        large = size >= (0.5 * size.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)  # [M, C]
+        scale = (size * large).sum(1, keepdim=True) / large.sum(1, keepdim=True).clamp_min(1)  # [M, 1]
+        code = torch.where(errors > 0, 1, 2).to(torch.uint8) * large
+        code = torch.nn.functional.pad(code, (0, -self.width % 4)).view(len(errors), -1, 4)
+        packed = code[..., 0] | code[..., 1] << 2 | code[..., 2] << 4 | code[..., 3] << 6  # [M, ceil(C / 4)]
+        return torch.cat([_bytes(scale.float()), packed], 1)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        scale = _from_bytes(rows[:, :4], torch.float32).to(self.dtype)  # [M, 1]
+        packed = rows[:, 4:]
+        code = torch.stack([packed & 3, packed >> 2 & 3, packed >> 4 & 3, packed >> 6], 2)  # [M, ceil(C / 4), 4]
+        code = code.flatten(1)[:, : self.width]
+        return ((code == 1).to(self.dtype) - (code == 2).to(self.dtype)) * scale
+
+
+class TopK(Codec):
+    """The K entries that matter most, as float16, after their places, in ascending order, as int16 (int32 if C > 32768)."""
+
+    needs_target = True
+
+    def __init__(self, k: int, width: int, dtype: torch.dtype) -> None:
+        self.k, self.place = k, torch.int16 if width <= 1 << 15 else torch.int32
+        super().__init__(f"top-{k}", width, dtype, k * (2 + self.place.itemsize))
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        weight = errors.abs().masked_fill(target > 0, math.inf)
+        places = weight.topk(self.k, 1, sorted=False).indices.sort(1).values  # [M, K]
+        values = errors.gather(1, places).clamp(-HALF_MAX, HALF_MAX).to(torch.float16)
+        return torch.cat([_bytes(places.to(self.place)), _bytes(values)], 1)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        split = self.k * self.place.itemsize
+        places = _from_bytes(rows[:, :split], self.place).long().clamp(0, self.width - 1)  # a damaged one is no crash
+        values = _from_bytes(rows[:, split:], torch.float16).to(self.dtype)
+        return torch.zeros(len(rows), self.width, dtype=self.dtype, device=rows.device).scatter_(1, places, values)
+
+
+def make_codec(word: str, width: int, dtype: torch.dtype, classification: bool = True) -> Codec:
+    """The codec of `word` for rows of `width` entries that are worked with in `dtype`; `auto` keeps them exactly.
+
+    Raises InputError for an unknown word, or a top-K that the rows have no use for.
+    """
+    word = check_error_dtype(word)
+    if word == "auto":
+        word = "float64" if dtype == torch.float64 else "float32"
+    if word in FLOATS:
+        return Float(word, width, dtype)
+    if word == "int8":
+        return Int8(width, dtype)
+    if word == "ternary":
+        return Ternary(width, dtype)
+    k = int(word[4:])
+    if not classification:
+        raise InputError(f"error dtype {word!r} keeps the entry of the target class, but the task is regression; use another")
+    if k >= width:
+        raise InputError(f"error dtype {word!r} must keep fewer entries than the {width} that a row has")
+    return TopK(k, width, dtype)
+
+
+def check_error_dtype(word: str) -> str:
+    """The word, if it names a codec. Raises InputError."""
+    if isinstance(word, str) and re.fullmatch(r"top[-_][1-9]\d{0,6}", word):
+        return word.replace("_", "-")
+    return check_word("error dtype", word, ("auto", *ERROR_DTYPES), "and top-K, for example top-8")
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+def _from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.contiguous().view(dtype)
