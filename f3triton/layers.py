@@ -59,8 +59,10 @@ class Stage(nn.Module):
         elif self.feedback_matrix.shape != (outputs, units):
             shape = list(self.feedback_matrix.shape)
             raise InputError(f"feedback matrix has shape {shape}; this stage needs [{outputs}, {units}]")
-        else:
+        elif self.feedback_matrix.is_floating_point():
             self.feedback_matrix = self.feedback_matrix.to(like)
+        else:  # whole numbers stay as they are: a quarter of the memory, and the kernels read them
+            self.feedback_matrix = self.feedback_matrix.to(like.device)
 
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         """Run forward on `x [M, ...]` and learn from `error [M, C]`; returns the output from before the update."""

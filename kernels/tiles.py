@@ -29,15 +29,15 @@ FORWARD = {
 # (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers, with weight and moments: the more
 # moments, the smaller the tile
 UPDATE = {
-    "small": Tile((32, 32, 16), 4, 3),
-    "medium": Tile((64, 64, 32), 8, 3),
+    "small": Tile((32, 32, 32), 4, 3),
+    "medium": Tile((64, 64, 32), 8, 4),
     "roomy": Tile((128, 128, 64), 8, 3),  # SGD
     "roomy, one moment": Tile((64, 128, 64), 8, 3),
     "roomy, two moments": Tile((64, 64, 64), 8, 4),
 }
 # (outputs, inputs): rows of x are one block, of the next power of two
 STEP = {
-    16: Tile((16, 64), 4, 2),
+    16: Tile((16, 64), 4, 4),
     32: Tile((16, 64), 4, 2),
     64: Tile((16, 64), 4, 2),
 }

@@ -202,6 +202,13 @@ def test_a_graphed_step_is_the_step(settings: dict, monkeypatch: pytest.MonkeyPa
         assert one["train_error"] == other["train_error"]
 
 
+def test_feedback_in_int8_is_kept_and_equal() -> None:
+    matrix = f3.Feedback("trinomial").draw(3, 16, seed=1)
+    whole, floats = train(mlp(16, feedback=[matrix.to(torch.int8)])), train(mlp(16, feedback=[matrix]))
+    assert whole.model[0].feedback_matrix.dtype == torch.int8
+    assert torch.equal(weights(whole.model), weights(floats.model))
+
+
 def test_regression_reports_both_units() -> None:
     x, _ = problem()
     y = x[:, :1] * 2 + 0.1
