@@ -27,7 +27,7 @@ from f3triton.kernels import SGD, Adam, eager, new_moments, triton_ops
 from torch import Tensor
 from torch.nn import functional
 
-from .common import RESULTS, origin, table, write_result
+from .common import RESULTS, result, row, save, table
 
 Call = Callable[[], object]
 WIDTH = 16  # columns of the error
@@ -181,7 +181,7 @@ def ceilings(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -
 def measure(
     operation: str, size: tuple[int, int, int], rule: SGD | Adam, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, object]:
-    """Medians, 20th and 80th percentiles of the contestants' seconds, in turn."""
+    """The contestants' seconds, in turn."""
     sets = [Operands(*size, rule, dtype, device) for _ in range(SETS)]
     runs = dict(OPERATIONS[operation])
     if device.type == "cuda":
@@ -195,16 +195,8 @@ def measure(
         for name, call in calls.items():
             seconds[name].append(timed(call, device, 3) / SETS)
     flops, moved = cost(operation, *size, rule.moments, torch.empty((), dtype=dtype).element_size())
-    row = {"operation": operation, "rule": type(rule).__name__, "rows": size[0], "inputs": size[1], "outputs": size[2]}
-    row |= {"flops": flops, "bytes": moved, "seconds": {}}
-    for name, values in seconds.items():
-        low, middle, high = (
-            statistics.quantiles(values, n=5)[0],
-            statistics.median(values),
-            statistics.quantiles(values, n=5)[3],
-        )
-        row["seconds"][name] = {"median": middle, "p20": low, "p80": high}
-    return row
+    setting = {"operation": operation, "rule": type(rule).__name__, "rows": size[0], "inputs": size[1], "outputs": size[2]}
+    return setting | {"flops": flops, "bytes": moved, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,34 +228,29 @@ def main(arguments: list[str] | None = None) -> None:
             for size in small if operation == "step" else large:
                 rows.append(measure(operation, size, rule, dtype, device, options.rounds))
                 torch.cuda.empty_cache()
-    lines = []
-    for row in rows:
-        if "wrong" in row:
-            lines.append([row["operation"], row["rule"], "", "", f"WRONG: {row['wrong']}", "", ""])
+    lines, figures = [], []
+    for found in rows:
+        if "wrong" in found:
+            lines.append([found["operation"], found["rule"], "", "", f"WRONG: {found['wrong']}", "", "", "", ""])
             continue
-        bound = max(row["flops"] / ceiling["flops"], row["bytes"] / ceiling["bytes"])
-        ours = row["seconds"]["f3triton"]["median"]
-        for name, took in row["seconds"].items():
-            middle = took["median"]
-            size = f"{row['rows']} x {row['inputs']} -> {row['outputs']}"
-            rates = f"{row['flops'] / middle / 1e12:.1f}", f"{row['bytes'] / middle / 1e9:.0f}"
-            lines.append(
-                [
-                    row["operation"],
-                    row["rule"],
-                    size,
-                    name,
-                    f"{1e6 * middle:.1f}",
-                    *rates,
-                    f"{bound / middle:.2f}",
-                    f"{middle / ours:.2f}",
-                ]
-            )
+        bound = max(found["flops"] / ceiling["flops"], found["bytes"] / ceiling["bytes"])
+        ours = statistics.median(found["seconds"]["f3triton"])
+        size = f"{found['rows']} x {found['inputs']} -> {found['outputs']}"
+        for name, seconds in found["seconds"].items():
+            middle = statistics.median(seconds)
+            rates = {"tflops": found["flops"] / middle / 1e12, "gigabytes_per_second": found["bytes"] / middle / 1e9}
+            share, ratio = bound / middle, middle / ours
+            shown = [f"{rates['tflops']:.1f}", f"{rates['gigabytes_per_second']:.0f}", f"{share:.2f}", f"{ratio:.2f}"]
+            lines.append([found["operation"], found["rule"], size, name, f"{1e6 * middle:.1f}", *shown])
+            part = f"{found['operation']}, {found['rule']}"
+            more = {**rates, "share_of_bound": share, "f3triton_is_faster": ratio}
+            figures.append(row(name, size, "us", [1e6 * s for s in seconds], part=part, scale="log", **more))
     header = ["operation", "rule", "size", "by", "us", "TFLOP/s", "GB/s", "share of bound", "f3triton is x times as fast"]
     print(f"ceilings measured here: {ceiling['flops'] / 1e12:.0f} TFLOP/s, {ceiling['bytes'] / 1e9:.0f} GB/s")
     print(table(header, lines))
     setting = {"dtype": options.dtype, "rounds": options.rounds, "ceilings": ceiling}
-    write_result(options.output, {**origin("bench.kernels", device), "setting": setting, "rows": rows})
+    wrong = [found for found in rows if "wrong" in found]
+    save(options.output, result("kernels", figures, setting, device, wrong=wrong))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Training steps a second on this machine: this library's F3 and its peers against plain PyTorch, in turn, in one run.
 
-    python -m bench.step                      784-500-10, batch 50, one thread
-    python -m bench.step --depth 10
+    python -m bench.step                      784-500-10, batch 50, one thread; against depth, width and batch
     python -m bench.step --device cuda        see bench/step_gpu.py
 
 The yardsticks are written here in plain PyTorch: `autograd F3` is F3 as one writes it with hooks on autograd (the
 gradient between layers replaced, torch's default Adam: how the authors' code works), `backprop` uses torch's default
-Adam and `backprop, fused Adam` its fastest one. Every round runs each of them once; medians over rounds are reported.
+Adam, `backprop, fused Adam` its fastest one, and `backprop, compiled` that one under `torch.compile`. Every round runs each
+of them once; medians over rounds are reported.
 
 Bound: the matrix products of an F3 step are 4MKN a layer (forward, weight gradient), those of backpropagation 6MKN
 (4MKN in the first layer). `floor` is the time of those products and of one fused Adam pass alone, measured here.
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 import f3triton as f3
 
-from .common import RESULTS, origin, table, write_result
+from .common import RESULTS, result, row, save, table
 
 INPUTS, CLASSES, SAMPLES = 784, 10, 6000
 LR = 1.5e-4
@@ -54,7 +54,7 @@ class ReplaceGradient(torch.autograd.Function):
         return ctx.gradient, None
 
 
-def plain_torch(width: int, depth: int, f3_rule: bool, fused: bool) -> Step:
+def plain_torch(width: int, depth: int, f3_rule: bool, fused: bool, compiled: bool = False) -> Step:
     """A step in plain PyTorch: backpropagation, or F3 by replacing gradients."""
     x, y = data()
     sizes = [INPUTS, *[width] * depth]
@@ -63,6 +63,19 @@ def plain_torch(width: int, depth: int, f3_rule: bool, fused: bool) -> Step:
     feedback = [torch.randint(-1, 2, (CLASSES, width)).float() for _ in hidden]
     errors = y.clone()
     optimizer = torch.optim.Adam([*hidden.parameters(), *top.parameters()], lr=LR, fused=True if fused else None)
+
+    def forward(h: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy(top(nn.Sequential(*hidden)(h)), target)
+
+    if compiled:
+        forward = torch.compile(forward)
+
+        def compiled_step(index: Tensor) -> None:
+            optimizer.zero_grad()
+            forward(x[index], y[index]).backward()
+            optimizer.step()
+
+        return compiled_step
 
     def step(index: Tensor) -> None:
         h, target = x[index], y[index]
@@ -108,8 +121,8 @@ def floor(width: int, depth: int, batch: int) -> Step:
     return step
 
 
-def contestants(width: int, depth: int, batch: int) -> dict[str, Step]:
-    return {
+def contestants(width: int, depth: int, batch: int, compiled: bool) -> dict[str, Step]:
+    steps = {
         "autograd F3": plain_torch(width, depth, f3_rule=True, fused=False),
         "backprop": plain_torch(width, depth, f3_rule=False, fused=False),
         "backprop, fused Adam": plain_torch(width, depth, f3_rule=False, fused=True),
@@ -118,6 +131,10 @@ def contestants(width: int, depth: int, batch: int) -> dict[str, Step]:
         "f3triton bp": library("bp", width, depth),
         "floor": floor(width, depth, batch),
     }
+    if compiled:
+        torch.compiler.reset()
+        steps["backprop, compiled"] = plain_torch(width, depth, f3_rule=False, fused=True, compiled=True)
+    return steps
 
 
 def rate(step: Step, batch: int, steps: int) -> float:
@@ -130,65 +147,80 @@ def rate(step: Step, batch: int, steps: int) -> float:
     return steps / (time.perf_counter() - began)
 
 
-def measure(width: int, depth: int, batch: int, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Rates by name, one a round, the contestants in turn."""
+def measure(width: int, depth: int, batch: int, seconds: float, rounds: int, compiled: bool) -> dict[str, list[float]]:
+    """Rates by name, one a round, the contestants in turn, each for about so many seconds."""
+    steps = contestants(width, depth, batch, compiled)
     rates: dict[str, list[float]] = {}
+    counts = {name: max(3, round(seconds * rate(step, batch, 3))) for name, step in steps.items()}
     for _ in range(rounds):
-        for name, step in contestants(width, depth, batch).items():
-            rates.setdefault(name, []).append(round(rate(step, batch, steps), 1))
+        for name, step in steps.items():
+            rates.setdefault(name, []).append(rate(step, batch, counts[name]))
     return rates
 
 
-def on_gpu(options: argparse.Namespace) -> None:
-    """Every setting of `step_gpu`, its table, and the result."""
+# axis: (width, hidden layers, batch) by the value on the axis
+AXES = {
+    "hidden layers": {depth: (500, depth, 50) for depth in (1, 3, 10)},
+    "width": {width: (width, 1, 50) for width in (128, 500, 2000)},
+    "batch": {batch: (500, 1, batch) for batch in (16, 50, 256)},
+}
+QUICK = {"hidden layers": {depth: (128, depth, 50) for depth in (1, 2)}}
+
+
+def on_cpu(options: argparse.Namespace) -> dict:
+    """The rows of all settings; a setting that lies on several axes is measured once."""
+    rows, found = [], {}
+    rounds, seconds = (3, 0.03) if options.quick else (options.rounds, 0.4)
+    for axis, settings in (QUICK if options.quick else AXES).items():
+        for x, setting in settings.items():
+            if setting not in found:
+                found[setting] = measure(*setting, seconds, rounds, options.compile)
+            width, depth, batch = setting
+            medians = {name: statistics.median(values) for name, values in found[setting].items()}
+            shown = []
+            for name, values in found[setting].items():
+                share, ratio = medians[name] / medians["floor"], medians["f3triton f3"] / medians[name]
+                more = {"samples_per_second": round(batch * medians[name]), "share_of_floor": round(share, 3)}
+                rows.append(row(name, x, "steps/s", values, x_name=axis, part=axis, f3_is_faster=round(ratio, 3), **more))
+                shown.append([name, f"{medians[name]:.0f}", f"{ratio:.2f}", f"{share:.2f}"])
+            print(f"\n{INPUTS}-{width} x {depth}-{CLASSES}, batch {batch}, {options.threads} thread(s)\n")
+            print(table(["", "steps/s", "f3triton f3 is this many times as fast", "share of floor's rate"], shown), flush=True)
+    return result("step", rows, {"threads": options.threads, "rounds": rounds, "inputs": INPUTS, "classes": CLASSES})
+
+
+def on_gpu(options: argparse.Namespace) -> dict:
+    """Every setting of `step_gpu`, and its table."""
     from . import step_gpu
 
     if not torch.cuda.is_available():
         print("bench.step: error: --device cuda needs a CUDA or ROCm device, and this machine has none", file=sys.stderr)
         sys.exit(2)
-    device, results = torch.device("cuda"), {}
+    device, rows, bounds = torch.device("cuda"), [], {}
     for name in step_gpu.QUICK if options.quick else step_gpu.SETTINGS:
-        results[name] = found = step_gpu.measure(name, device, 3 if options.quick else options.rounds)
-        ours = found["median"]["f3triton f3"]
-        rows = [
-            [who, f"{value:.0f}", f"{ours / value:.2f}", f"{value / found['bound']:.2f}"]
-            for who, value in found["median"].items()
-        ]
+        rates, bounds[name] = step_gpu.measure(name, device, 3 if options.quick else options.rounds)
+        ours, bound = statistics.median(rates["f3triton f3"]), bounds[name]["steps_per_second"]
+        shown = []
+        for who, values in rates.items():
+            value = statistics.median(values)
+            rows.append(row(who, name, "steps/s", values, part=name, f3_is_faster=ours / value, share_of_bound=value / bound))
+            shown.append([who, f"{value:.0f}", f"{ours / value:.2f}", f"{value / bound:.2f}"])
         print(f"\n{name}\n")
-        print(table(["", "steps/s", "f3triton f3 is this many times as fast", "share of F3's bound"], rows))
-    write_result(
-        options.output, {**origin("bench.step", device), "setting": {"rounds": options.rounds}, "steps_per_second": results}
-    )
+        print(table(["", "steps/s", "f3triton f3 is this many times as fast", "share of F3's bound"], shown), flush=True)
+    return result("step", rows, {"rounds": options.rounds}, device, bounds=bounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, nargs="+", default=[1, 10], help="numbers of hidden layers")
-    parser.add_argument("--width", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=200, help="steps a round, for one hidden layer; fewer for more")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="on CUDA: a tiny network only, three rounds")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, three rounds")
     parser.add_argument("--output", type=Path, help="default: step-cpu.json or step-gpu.json in bench/results")
     options = parser.parse_args()
-    options.output = options.output or RESULTS / f"step-{'gpu' if options.device == 'cuda' else 'cpu'}.json"
-    if options.device == "cuda":
-        on_gpu(options)
-        return
     torch.set_num_threads(options.threads)
-    results = {}
-    for depth in options.depth:
-        rates = measure(options.width, depth, options.batch, max(20, options.steps // depth), options.rounds)
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        ours = medians["f3triton f3"]
-        results[f"{depth} hidden"] = {"median": medians, "rounds": rates}
-        rows = [[name, f"{value:.0f}", f"{ours / value:.2f}"] for name, value in medians.items()]
-        print(f"\n{INPUTS}-{options.width} x {depth}-{CLASSES}, batch {options.batch}, {options.threads} thread(s)\n")
-        print(table(["", "steps/s", "f3triton f3 is this many times as fast"], rows))
-    setting = {key: getattr(options, key) for key in ("width", "batch", "threads", "rounds")}
-    write_result(options.output, {**origin("bench.step"), "setting": setting, "steps_per_second": results})
+    content = on_gpu(options) if options.device == "cuda" else on_cpu(options)
+    save(options.output or RESULTS / f"step-{'gpu' if options.device == 'cuda' else 'cpu'}.json", content)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ at the rate of a large copy, whichever takes longer.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 
@@ -138,8 +137,8 @@ def bound(sizes: list[int], batch: int, precision: str, ceiling: dict[str, float
     return 1 / max(flops / ceiling["flops"], moved / ceiling["bytes"])
 
 
-def measure(name: str, device: torch.device, rounds: int) -> dict[str, object]:
-    """Rates of all contestants in one setting, in turn."""
+def measure(name: str, device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """(rates of all contestants in one setting, in turn; the bound and the machine's ceilings)."""
     sizes, batch, precision = {**SETTINGS, **QUICK}[name]
     steps = {who: build() for who, build in contestants(sizes, batch, precision, device).items()}
     count = 300 if max(sizes) < 1000 else 20
@@ -149,5 +148,4 @@ def measure(name: str, device: torch.device, rounds: int) -> dict[str, object]:
         for who, step in steps.items():
             rates[who].append(rate(step, indices, device))
     ceiling = ceilings(device, 8192 if device.type == "cuda" else 256, getattr(torch, precision), 5)
-    medians = {who: statistics.median(values) for who, values in rates.items()}
-    return {"median": medians, "rounds": rates, "bound": bound(sizes, batch, precision, ceiling), "ceilings": ceiling}
+    return rates, {"steps_per_second": bound(sizes, batch, precision, ceiling), **ceiling}
