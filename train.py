@@ -21,10 +21,12 @@ from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 import f3triton as f3
 from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
 from f3triton.data import Dataset
+from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
 from f3triton.errors import ERROR_DTYPES, Codec, make_codec, pick_home
 from f3triton.feedback import LAWS
 from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
+from f3triton.recipes import open_data, read_recipe, recipe_names, split_name
 from f3triton.report import Console, shown
 from f3triton.rules import RULES, make_rule
 from f3triton.runs import FORMAT, RunFolder, read_json
@@ -57,6 +59,14 @@ def number_or_word(text: str) -> float | str:
         return text
 
 
+def layer_sizes(text: str) -> list[int]:
+    """`500` as [500], `500x3` as [500, 500, 500]."""
+    found = re.fullmatch(r"(-?\d+)(?:x(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of units, such as 500, or 500x3 for three layers of 500")
+    return [int(found[1])] * int(found[2] or 1)
+
+
 def number_of_samples(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
@@ -69,6 +79,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
+    add("--recipe", metavar="NAME", help=f"an experiment of the paper, NAME or NAME/RUN: {', '.join(recipe_names())}")
     add("--dataset", default="digits", metavar="NAME", help="digits (bundled), hub name, folder, or parquet/csv/json file")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--revision", help="revision of a hub data set")
@@ -84,7 +95,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=("mlp",), default="mlp", help="kind of network")
-    add("--hidden", type=int, nargs="+", default=[500], metavar="N", help="units of each hidden layer")
+    add("--hidden", type=layer_sizes, nargs="+", default=[500], metavar="N", help="units of hidden layers; 500x3: three of 500")
     add("--activation", choices=ACTIVATIONS, default="tanh", help="of the hidden layers")
 
     add = parser.add_argument_group("method").add_argument
@@ -141,18 +152,36 @@ def make_parser() -> Parser:
         action=argparse.BooleanOptionalAction,
         help="train the same network by backpropagation too; default: only where no option is given",
     )
+    add("--diagnose", type=int, nargs="?", const=512, metavar="N", help="compare updates with true gradients, on N samples")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
     add("--evaluate", metavar="FOLDER", help="evaluate the model in a run's folder on its test data, and stop")
     return parser
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; those of a recipe are defaults, which others override."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.recipe is not None:
+        name, run = split_name(options.recipe)
+        parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
+        options = parser.parse_args(arguments)
+        options.dataset = options.dataset or read_recipe(name).data.get("dataset")
+    layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
+    options.hidden = [size for layer in layers for size in layer]
+    return options
+
+
 # --- data, model, training --------------------------------------------------------------------------------------------
 
 
 def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    return f3.load_dataset(
-        options.dataset,
+    source = options.dataset
+    if options.recipe is not None:
+        source = open_data(read_recipe(split_name(options.recipe)[0]), source)
+    data = f3.load_dataset(
+        source,
         config=options.dataset_config,
         revision=options.revision,
         train_split=options.train_split,
@@ -166,6 +195,10 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         max_test_samples=options.max_test_samples,
         seed=options.seed,
     )
+    if not isinstance(source, str):  # a table as the recipe has it
+        for part in data:
+            part.name = split_name(options.recipe)[0]
+    return data
 
 
 def feedback_and_rule(options: argparse.Namespace) -> tuple[f3.Feedback, f3.Adam | f3.SGD]:
@@ -321,7 +354,11 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     folder.write_json("config.json", config)
     folder.save_model(trainer.model)  # what is kept should the first epoch diverge
 
+    diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
+
     def keep(record: Record) -> None:
+        if diagnostics is not None:
+            diagnostics(record)
         folder.append_metrics(record)
         folder.save_model(trainer.model)
 
@@ -339,6 +376,10 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         other = make_trainer(options, sizes, "bp", None, in_windows=False)
         fit(other, options, data)
     summary = finish(folder, trainer, data, result, began, other)
+    if diagnostics is not None:
+        diagnostics.save(folder.path)
+        for line in summary_lines(diagnostics):
+            say(line)
     for line in report(summary, folder, train_set.preprocessing.target_names):
         say(line)
     if result.status == "interrupted":
@@ -444,15 +485,15 @@ def stored_options(options: object) -> argparse.Namespace:
             arguments += [flag, *map(str, value)]
         elif value is not None and value is not False:
             arguments.append(f"{flag}={value}")
-    return make_parser().parse_args(arguments)
+    return parse(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = make_parser().parse_args(arguments)
     given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
     plain = not given - {"--quiet", "--output-dir", "--overwrite"}
     try:
+        options = parse(arguments)
         if options.evaluate is not None:
             evaluate_run(options, given)
         else:

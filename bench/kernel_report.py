@@ -1,7 +1,7 @@
 """Compile every tile shape of every Triton kernel ahead of time, with no GPU, and show what came out.
 
     python -m bench.kernel_report                      sm_90
-    python -m bench.kernel_report --arch all --json kernels.json
+    python -m bench.kernel_report --arch all --output kernels.json
 
 For each kernel: registers a thread, bytes of local memory a thread (`stack`: spilled registers), shared memory, the tensor-core
 instruction in the PTX, and for a stated size the operation's bytes and FLOPs and the time that its roofline allows on an H200
@@ -24,7 +24,7 @@ from f3triton.kernels import SGD, Adam, tiles, triton_linear, triton_ops, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .common import origin, table, write_result
+from .common import result, row, save, table
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -173,7 +173,7 @@ def report(case: Case, architecture: str) -> dict[str, object]:
     compiled = compile_case(case, ARCHITECTURES[architecture])
     moved, flops = cost(case)
     kind = "fp32" if case.dtype == "fp32" else "half"
-    row = {
+    found = {
         "kernel": case.name,
         "dtype": case.dtype,
         "arch": architecture,
@@ -183,27 +183,33 @@ def report(case: Case, architecture: str) -> dict[str, object]:
         "flops": flops,
     }
     for machine, (bandwidth, rates) in MACHINES.items():
-        row[f"roofline_us_{machine}"] = round(1e6 * max(moved / bandwidth, flops / rates[kind]), 1)
+        found[f"roofline_us_{machine}"] = round(1e6 * max(moved / bandwidth, flops / rates[kind]), 1)
     if "cubin" in compiled.asm:
-        row |= resources(compiled)
-        row["tensor_core"] = tensor_core(compiled.asm["ptx"])
-    return row
+        found |= resources(compiled)
+        found["tensor_core"] = tensor_core(compiled.asm["ptx"])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=[*ARCHITECTURES, "all"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--quick", action="store_true", help="the first four kernels only")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there too")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; the interpreter cannot compile, unset it")
     chosen = list(ARCHITECTURES) if "all" in options.arch else options.arch
-    rows = [report(case, architecture) for architecture in chosen for case in cases() if fits(case, architecture)]
+    wanted = cases()[:4] if options.quick else cases()
+    rows = [report(case, architecture) for architecture in chosen for case in wanted if fits(case, architecture)]
     columns = ["kernel", "dtype", "arch", "size", "reg", "stack", "shared_bytes", "tensor_core"]
     columns += [f"roofline_us_{machine}" for machine in MACHINES]
     print(table(columns, [[row.get(column, "") for column in columns] for row in rows]))
-    if options.json:
-        write_result(options.json, {**origin("bench.kernel_report"), "kernels": rows})
+    if options.output:
+        figures = []
+        for found in rows:
+            place = {"x": f"{found['kernel']} {found['dtype']}", "part": found["arch"]}
+            figures.append(row("registers a thread", metric="registers", values=found.get("reg", 0), **place, **found))
+        save(options.output, result("kernel_report", figures))
 
 
 if __name__ == "__main__":

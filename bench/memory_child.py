@@ -122,7 +122,7 @@ class Backprop:
 
 
 def measure(kind: str, method: str, depth: int, width: int, batch: int, sequence: int, device: torch.device) -> dict[str, int]:
-    """Bytes: `step` (the peak of three steps over what lasts), `lasting` (parameters, moments, feedback), `total` (the peak over
+    """Bytes: `step` (peak of three steps over what lasts), `lasting` (parameters, moments, feedback), `total` (the peak over
     what was in use before the network), and `saved` (autograd's; -1 where checkpoints hide them).
     """
     torch.manual_seed(0)

@@ -4,8 +4,8 @@
     python -m bench.memory_scaling --quick
 
 Every figure comes from a process of its own (`bench.memory_child`), in which a first small step has made everything that lasts.
-`step` is the peak of resident memory (on CUDA: of allocated memory) over three steps, less what was in use before: activations
-and gradients. `kept for the way back` counts what autograd holds. What lasts is counted exactly: weights, two moments, feedback.
+`step` is the peak of resident memory (CUDA: of allocated memory) over three steps, less what was in use before: activations
+and gradients. `kept for the way back` counts what autograd holds. What lasts is counted exactly: weights, moments, feedback.
 
 Against backpropagation with activation checkpointing the gap is smaller, for a third more arithmetic; with the optimizer in
 backward as well, it is smaller still. DFA waits for the output and keeps all activations, as backpropagation does.
@@ -26,13 +26,14 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
+
 from f3triton.errors import make_codec
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, save, table, write_result
 from .memory_child import CLASSES, METHODS, measure
 
 MIB = 2**20
-COMPILED_DEPTH = 12  # compiling more layers takes minutes
+COMPILED_DEPTH = 24  # compiling more layers takes minutes
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,26 @@ FULL = {
 }
 QUICK = {("MLP", "hidden layers"): {d: replace(MLP, depth=d, batch=4096) for d in (1, 20)}}
 # name: (samples, classes)
-DATA_SETS = {"MNIST": (60_000, 10), "CIFAR-100": (50_000, 100), "ImageNet": (1_281_167, 1000), "ImageNet-21k": (14_197_122, 21_841)}
+DATA_SETS = {
+    "MNIST": (60_000, 10),
+    "CIFAR-100": (50_000, 100),
+    "ImageNet": (1_281_167, 1000),
+    "ImageNet-21k": (14_197_122, 21_841),
+}
 CODECS = ("float32", "float16", "int8", "top-8")
 
 
 def in_child(method: str, setting: Setting, device: str) -> dict[str, int]:
-    """The figures of `memory_child.measure`, from a process of its own; None where it ran out of memory."""
-    command = [sys.executable, "-m", "bench.memory_scaling", "--device", device, "--child", json.dumps([method, *astuple(setting)])]
+    """The figures of `memory_child.measure`, from a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.memory_scaling",
+        "--device",
+        device,
+        "--child",
+        json.dumps([method, *astuple(setting)]),
+    ]
     # Freed blocks go back to the system at once, so that resident memory is memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -70,9 +84,24 @@ def in_child(method: str, setting: Setting, device: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def scaling(axes: dict, methods: tuple[str, ...], device: str) -> list[dict]:
+class Measured:
+    """Figures by method and setting; each is measured once, and kept in a file beside the result until that is whole."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.device = path, device
+        self.found: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def __call__(self, method: str, setting: Setting) -> dict[str, int]:
+        key = json.dumps([method, *astuple(setting)])
+        if key not in self.found:
+            self.found[key] = in_child(method, setting, self.device)
+            write_result(self.path, self.found)
+        return self.found[key]
+
+
+def scaling(axes: dict, methods: tuple[str, ...], measured: Measured) -> list[dict]:
     """Rows of every axis."""
-    rows, known = [], {}
+    rows = []
     for (kind, axis), settings in axes.items():
         lines = []
         for method in methods:
@@ -81,9 +110,7 @@ def scaling(axes: dict, methods: tuple[str, ...], device: str) -> list[dict]:
                 if method == "bp-compiled" and setting.depth > COMPILED_DEPTH:
                     line.append("")
                     continue
-                if (method, setting) not in known:
-                    known[method, setting] = in_child(method, setting, device)
-                found = known[method, setting]
+                found = measured(method, setting)
                 parts = {name: found[name] for name in ("parameters", "feedback", "lasting", "saved", "total")}
                 panel = {"x_name": axis, "part": f"{kind}, against {axis}"}
                 rows.append(row(method, x, "activations and gradients, MiB", found["step"] / MIB, **panel, **parts))
@@ -127,15 +154,15 @@ def total_by_formula(method: str, s: Setting) -> int:
     return lasting + gradients + output * (kept + 2)
 
 
-def largest_models(budget: int, start: Setting, methods: tuple[str, ...], device: str) -> list[dict]:
+def largest_models(budget: int, start: Setting, methods: tuple[str, ...], measured: Measured) -> list[dict]:
     """Rows: the largest depth within `budget` bytes, measured and by formula."""
     rows, lines = [], []
     for method in methods:
         formula = largest(lambda depth, m=method: total_by_formula(m, replace(start, depth=depth)) <= budget)
-        measured = largest(lambda depth, m=method: in_child(m, replace(start, depth=depth), device)["total"] <= budget)
+        found = largest(lambda depth, m=method: measured(m, replace(start, depth=depth))["total"] <= budget)
         part = f"largest MLP of width {start.width} in {budget // MIB} MiB, batch {start.batch}"
-        rows += [row(method, how, "hidden layers", n, part=part) for how, n in (("measured", measured), ("formula", formula))]
-        lines.append([method, measured, formula])
+        rows += [row(method, how, "hidden layers", n, part=part) for how, n in (("measured", found), ("formula", formula))]
+        lines.append([method, found, formula])
     print(f"\nhidden layers that fit {budget // MIB} MiB: width {start.width}, batch {start.batch}\n")
     print(table(["", "measured", "by formula"], lines), flush=True)
     return rows
@@ -147,7 +174,14 @@ def error_stores() -> list[dict]:
     for name, (samples, classes) in DATA_SETS.items():
         sizes = {word: samples * make_codec(word, classes, torch.float32).row_bytes for word in CODECS}
         rows += [
-            row(f"F3, {word}", f"{name}, {samples:,} x {classes:,}", "error store, MiB", size / MIB, part="error store", scale="log")
+            row(
+                f"F3, {word}",
+                f"{name}, {samples:,} x {classes:,}",
+                "error store, MiB",
+                size / MIB,
+                part="error store",
+                scale="log",
+            )
             for word, size in sizes.items()
         ]
         lines.append([name, f"{samples:,}", f"{classes:,}", *(f"{size / MIB:,.1f}" for size in sizes.values())])
@@ -172,13 +206,16 @@ def main() -> None:
         print(json.dumps(measure(s.kind, method, s.depth, s.width, s.batch, s.sequence, device)))
         return
     methods = ("f3", "bp", "bp-checkpoint-in-backward") if options.quick else tuple(options.methods)
-    rows = scaling(QUICK if options.quick else FULL, methods, options.device)
-    if not options.quick:
-        candidates = tuple(m for m in methods if m not in ("dfa", "bp-compiled"))  # as bp, or not to be compiled in time
-        rows += largest_models(options.budget * MIB, replace(MLP, batch=4096), candidates, options.device)
-    rows += error_stores()
     name = "memory-scaling" + ("" if device.type == "cpu" else f"-{device.type}")
-    save(options.output or RESULTS / f"{name}.json", result("memory_scaling", rows, {"threads": 1}, device))
+    output = options.output or RESULTS / f"{name}.json"
+    measured = Measured(output.with_suffix(".partial.json"), options.device)
+    rows = scaling(QUICK if options.quick else FULL, methods, measured)
+    if not options.quick:
+        candidates = tuple(m for m in methods if m not in ("dfa", "bp-compiled"))  # as bp, or too slow to compile
+        rows += largest_models(options.budget * MIB, replace(MLP, batch=4096), candidates, measured)
+    rows += error_stores()
+    save(output, result("memory_scaling", rows, {"threads": 1}, device))
+    measured.path.unlink()
 
 
 if __name__ == "__main__":

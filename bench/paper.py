@@ -1,122 +1,142 @@
-"""The authors' experiments on MNIST and Wine Quality, in their setting and in this library's default one.
+"""The paper's experiments by name, several seeds, in the authors' setting and in this library's default one.
 
-    python -m bench.paper --mnist ylecun/mnist --wine path/to/wine-quality
+    python -m bench.paper --list
+    python -m bench.paper --data mnist=ylecun/mnist wine-quality=path/to/wine-quality --seeds 1 2 3
+    python -m bench.paper --quick                        two runs of a few epochs on the bundled digits
 
-`--mnist` and `--wine` take what `train.py --dataset` takes. Every run is one seed; a run that is already in the result
-file is not repeated, so the command can be stopped and started again. `--only` picks runs by name, `--list` names them.
-"authors" is the figure of the authors' own code (Helmholtz-AI-Energy/f3, unchanged, seed 1) in the same setting: hidden
-tanh, batch 50, Adam with a constant learning rate, 100 epochs (MNIST) or 200 (Wine Quality).
+The experiments are the recipes of `f3triton/recipes`, which `train.py --recipe` takes too. A run that is in the result file
+already is not repeated, so the command can be stopped and started again; `--only` picks runs by name. `published` figures are
+those of the authors' own code (Helmholtz-AI-Energy/f3, unchanged, seed 1) in the same setting.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 from pathlib import Path
 
 import torch
 
-import f3triton as f3
+from f3triton.exceptions import InputError
+from f3triton.recipes import read_recipe, recipe_names
 
-from .common import RESULTS, origin, table, write_result
+from .common import RESULTS, result, row, save, table
 
-PAPER = {"lr": 1.5e-4, "lr_schedule": "constant", "epochs": 100}
-WINE = {"lr": 1e-4, "lr_schedule": "constant", "epochs": 200}
-OURS = {"lr": 5e-4, "lr_schedule": "cosine", "epochs": 100}
-MASKED = {"mask_target": True}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 
-# name: (settings, the authors' best, the authors' last)
-MNIST = {
-    "bp": ({**PAPER, "method": "bp"}, 1.53, 1.57),
-    "dfa-trinomial": ({**PAPER, "method": "dfa"}, 1.64, 1.91),
-    "f3-error-masked-trinomial": ({**PAPER, **MASKED}, 2.70, 2.79),
-    "f3-error-trinomial": (PAPER, 2.79, 3.16),
-    "f3-error-kaiming": ({**PAPER, "feedback": "kaiming"}, 2.53, 3.67),
-    "f3-loss-trinomial": ({**PAPER, "signal": "delayed-loss"}, 3.62, 3.66),
-    "drtp-trinomial": ({**PAPER, "method": "drtp"}, 4.21, 4.31),
-    "drtp-kaiming": ({**PAPER, "method": "drtp", "feedback": "kaiming"}, 4.44, 4.50),
-    "last-layer": ({**PAPER, "method": "last-layer", "lr": 1.5e-2}, 6.84, 7.60),
-    "f3-error-masked-binomial": ({**PAPER, **MASKED, "feedback": "binomial", "epochs": 20}, None, 90.0),
-    "f3-default": (OURS, None, None),
-    "f3-default-3-hidden": ({**OURS, "hidden": 3}, None, None),
-    "bp-default": ({**OURS, "method": "bp"}, None, None),
-    "dfa-default": ({**OURS, "method": "dfa"}, None, None),
-}
-WINE_QUALITY = {
-    "bp": ({**WINE, "method": "bp"}, None, 0.5942),
-    "f3-error-kaiming": ({**WINE, "feedback": "kaiming"}, None, 0.5986),
-    "f3-error-trinomial": (WINE, None, 0.6057),
-    "f3-loss-trinomial": ({**WINE, "signal": "delayed-loss"}, None, 0.6120),
-    "dfa-trinomial": ({**WINE, "method": "dfa"}, None, 0.6060),
-    "last-layer": ({**WINE, "method": "last-layer"}, None, 0.6351),
-    "drtp-trinomial": ({**WINE, "method": "drtp"}, None, 0.6619),
-}
 WATCHED = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def run(train: f3.Dataset, test: f3.Dataset, settings: dict, seed: int) -> dict:
-    """One training run; returns its figures by epoch."""
-    settings = dict(settings)
-    epochs, lr, hidden = settings.pop("epochs"), settings.pop("lr"), settings.pop("hidden", 1)
-    torch.manual_seed(seed)
-    model = f3.models.MLP([train.in_features, *[500] * hidden, train.outputs], "tanh", settings.pop("feedback", "trinomial"))
-    result = f3.Trainer(model, "auto", f3.Adam(lr=lr), seed=seed, **settings).fit(train, epochs, test)
-    figure = "test_error" if train.task == "classification" else "test_mse"
-    values = [record[figure] for record in result.history]
+def run(recipe: str, name: str, seed: int, source: str, data: dict, extra: list[str]) -> dict:
+    """One training run as `train.py --recipe` does it; its figures by epoch. `data` keeps what was loaded."""
+    options = train.parse(["--recipe", f"{recipe}/{name}", "--dataset", source, "--seed", str(seed), "--quiet", *extra])
+    key = options.image, options.target, options.task, options.features
+    if key not in data:
+        options.seed = 1  # of the test split, where there is none: the same for all
+        data[key] = train.load_data(options)
+        options.seed = seed
+    train_set = data[key][0]
+    sizes = [train_set.in_features, *options.hidden, train_set.outputs]
+    trainer = train.make_trainer(options, sizes, options.method, options.signal)
+    found = train.fit(trainer, options, data[key])
+    figure = "test_error" if train_set.task == "classification" else "test_mse"
+    values = [record[figure] for record in found.history]
     return {
+        "metric": "test error, %" if figure == "test_error" else "test MSE",
         "best": round(min(values), 4),
         "last": round(values[-1], 4),
         "by_epoch": {str(epoch): round(values[epoch - 1], 4) for epoch in WATCHED if epoch <= len(values)},
-        "steps": result.steps,
-        "steps_per_second": round(result.steps / result.learning_seconds, 1),
+        "steps": found.steps,
+        "steps_per_second": round(found.steps / found.learning_seconds, 1),
     }
 
 
-def show(experiments: dict, results: dict) -> str:
-    """Ours beside the authors', best and last epoch."""
+def over_seeds(runs: dict[str, dict], figure: str) -> tuple[float, float, int]:
+    """(mean, standard deviation, number) of a figure over the seeds of one experiment."""
+    values = [run[figure] for run in runs.values()]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
 
-    def cell(value: float | None) -> str:
+
+def show(recipe: str, results: dict[str, dict[str, dict]]) -> str:
+    """Ours beside the published figures, best and last epoch: mean, and standard deviation over the seeds."""
+    known = read_recipe(recipe)
+
+    def ours(runs: dict[str, dict], figure: str) -> str:
+        mean, deviation, seeds = over_seeds(runs, figure)
+        digits = 2 if mean > 1 else 4
+        return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if seeds > 1 else "")
+
+    def theirs(name: str, figure: str) -> str:
+        value = known.published.get(name, {}).get(figure)
         return "" if value is None else f"{value:.2f}" if value > 1 else f"{value:.4f}"
 
-    rows = [
-        [name, cell(best), cell(results[name]["best"]), cell(last), cell(results[name]["last"])]
-        for name, (_, best, last) in experiments.items()
-        if name in results
-    ]
-    return table(["run", "authors, best", "ours, best", "authors, last", "ours, last"], rows)
+    lines = []
+    for name in known.runs:
+        if name in results:
+            figures = [shown for figure in ("best", "last") for shown in (theirs(name, figure), ours(results[name], figure))]
+            lines.append([name, len(results[name]), *figures])
+    return table(["run", "seeds", "authors, best", "ours, best", "authors, last", "ours, last"], lines)
+
+
+def rows_of(runs: dict[str, dict[str, dict[str, dict]]]) -> list[dict]:
+    """Last and best figures as bars, and the curves."""
+    rows = []
+    for recipe, experiments in runs.items():
+        for name, seeds in experiments.items():
+            metric = next(iter(seeds.values()))["metric"]
+            rows.append(row(name, "last epoch", metric, [run["last"] for run in seeds.values()], part=recipe))
+        for name, seeds in experiments.items():
+            metric = next(iter(seeds.values()))["metric"]
+            for epoch in next(iter(seeds.values()))["by_epoch"]:
+                values = [run["by_epoch"][epoch] for run in seeds.values() if epoch in run["by_epoch"]]
+                rows.append(row(name, int(epoch), metric, values, x_name="epoch", part=f"{recipe}, over training", scale="log"))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", metavar="DATASET", help="MNIST: a hub name or a folder; without it, no MNIST run")
-    parser.add_argument("--wine", metavar="DATASET", help="Wine Quality: a folder; without it, no Wine run")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs only")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="RECIPE=DATASET", help="recipes to run, and where their data is"
+    )
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs only")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--list", action="store_true", help="name the runs and stop")
-    parser.add_argument("--output", type=Path, default=RESULTS / "paper.json")
+    parser.add_argument("--list", action="store_true", help="name the experiments and stop")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="default: bench/results/paper.json; with --quick, paper-quick.json")
     options = parser.parse_args()
+    if options.list:
+        for name in recipe_names():
+            recipe = read_recipe(name)
+            print(f"{name}: {recipe.title}\n  data: {recipe.data.get('dataset') or recipe.data['get']}")
+            print("\n".join(f"  {name}/{run}" for run in recipe.runs))
+        return
     torch.set_num_threads(options.threads)
-    done = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {"runs": {}}
-    for title, source, experiments, task, target in (
-        ("mnist", options.mnist, MNIST, "classification", None),
-        ("wine-quality", options.wine, WINE_QUALITY, "regression", "quality"),
-    ):
-        results = done["runs"].setdefault(title, {})
-        if options.list:
-            print(title, *experiments, sep="\n  ")
-            continue
-        todo = [name for name in experiments if name not in results and (not options.only or name in options.only)]
-        if source is not None and todo:
-            train, test = f3.load_dataset(source, task=task, target=target)
-            for name in todo:
-                settings = experiments[name][0]
-                results[name] = {"settings": settings, "seed": options.seed, **run(train, test, settings, options.seed)}
-                print(f"{title} {name}: best {results[name]['best']}, last {results[name]['last']}", flush=True)
-                write_result(options.output, {**origin("bench.paper"), **done})
-        if results:
-            figure = "test error in percent" if task == "classification" else "test MSE"
-            print(f"\n{title}: {figure}\n\n{show(experiments, results)}\n")
+    output = options.output or RESULTS / ("paper-quick.json" if options.quick else "paper.json")
+    extra = [] if options.epochs is None else ["--epochs", str(options.epochs)]
+    if options.quick:
+        options.data, options.only, extra = ["mnist=digits"], ["bp", "f3-default"], ["--epochs", "10", "--hidden", "100"]
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    try:
+        for name, _, source in (item.partition("=") for item in options.data):
+            data: dict = {}
+            for experiment in read_recipe(name).runs:
+                if options.only and experiment not in options.only:
+                    continue
+                for seed in options.seeds:
+                    done = runs.setdefault(name, {}).setdefault(experiment, {})
+                    if str(seed) not in done:
+                        done[str(seed)] = found = run(name, experiment, seed, source, data, extra)
+                        print(f"{name}/{experiment} seed {seed}: best {found['best']}, last {found['last']}", flush=True)
+                        save(output, result("paper", rows_of(runs), {"threads": options.threads}, runs=runs))
+    except InputError as error:
+        parser.error(str(error))
+    for name, results in runs.items():
+        print(f"\n{name}: {next(iter(next(iter(results.values())).values()))['metric']}\n\n{show(name, results)}")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,113 @@
-"""Draw the README's picture and write its tables from the files in `bench/results/`.
+"""Draw the README's picture and write the tables of README and docs from the files in `bench/results/`.
 
-    python -m bench.report           rewrite README.md and docs/overview.png
-    python -m bench.report --check   exit with 1 if the README's tables are not those of the results
+    python -m bench.report           rewrite README.md, docs/*.md and docs/overview.png
+    python -m bench.report --check   exit with 1 if a table is not that of its results
+
+A document has its tables between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is one of `TABLES`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
 from pathlib import Path
 
-from .common import RESULTS, table
-from .memory import METHODS
-from .paper import MNIST, WINE_QUALITY, show
+from .common import RESULTS, read_result, table
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "overview.png"
+PICTURE = ROOT / "docs" / "overview.png"
+METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
 
 
-def result(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def documents() -> list[Path]:
+    """README and everything in `docs/`."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def source(content: dict, name: str) -> str:
-    """Where a table's figures come from."""
-    torch_version = content["versions"]["torch"]
-    machine = f"{content['processor']}, {content['device']}, torch {torch_version}, {content['date']}"
+def source(name: str) -> str:
+    """Where a table's figures come from; the link is from the project's root."""
+    content = read_result(name)
+    machine = f"{content['processor']}, {content['device']}, torch {content['versions']['torch']}, {content['date']}"
     return f"`{content['command']}` on {machine}; [bench/results/{name}](bench/results/{name})"
 
 
-def paper_table(dataset: str, experiments: dict) -> str:
-    content = result("paper.json")
-    return f"{show(experiments, content['runs'][dataset])}\n\n{source(content, 'paper.json')}"
+def paper_table(recipe: str) -> str:
+    from .paper import show
+
+    return f"{show(recipe, read_result('paper.json')['runs'][recipe])}\n\n{source('paper.json')}"
+
+
+def by_x(name: str, part: str, metric: str, shown: str, number: str = "median", order: tuple[str, ...] = ()) -> str:
+    """A line for each method, a column for each x."""
+    rows = [row for row in read_result(name)["rows"] if row["part"] == part and row["metric"] == metric and number in row]
+    if not rows:
+        raise KeyError(f"{name} has no rows of {part!r}, {metric!r}")
+    columns = list(dict.fromkeys(row["x"] for row in rows))
+    found = {(row["method"], row["x"]): row[number] for row in rows}
+    methods = [method for method in order if any(row["method"] == method for row in rows)]
+    methods += [method for method in dict.fromkeys(row["method"] for row in rows) if method not in methods]
+    lines = [[method, *(f"{found[method, x]:{shown}}" if (method, x) in found else "" for x in columns)] for method in methods]
+    return table([f"{metric}, by {rows[0]['x_name']}" if rows[0]["x_name"] else metric, *map(str, columns)], lines)
 
 
 def step_table() -> str:
-    content = result("step-cpu.json")
-    settings = content["steps_per_second"]
-    names = list(next(iter(settings.values()))["median"])
-    header = ["steps a second", *settings, *(f"f3triton f3 is x times as fast, {depth}" for depth in settings)]
-    rows = []
-    for name in names:
-        rates = [run["median"][name] for run in settings.values()]
-        ratios = [run["median"]["f3triton f3"] / run["median"][name] for run in settings.values()]
-        rows.append([name, *(f"{rate:.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios)])
-    return f"{table(header, rows)}\n\n{source(content, 'step-cpu.json')}"
+    rates = by_x("step-cpu.json", "hidden layers", "steps/s", ".0f")
+    ratios = by_x("step-cpu.json", "hidden layers", "steps/s", ".2f", "f3_is_faster").replace(
+        "steps/s, by", "f3triton f3 is so many times as fast, by"
+    )
+    return f"{rates}\n\n{ratios}\n\n{source('step-cpu.json')}"
 
 
-def memory_table() -> str:
-    content = result("memory-depth.json")
-    depths = list(content["peak_bytes"]["f3"])
-    rows = [[method, *(f"{content['peak_bytes'][method][depth] / 2**20:.0f}" for depth in depths)] for method in METHODS]
-    return f"{table(['MiB, at hidden layers', *depths], rows)}\n\n{source(content, 'memory-depth.json')}"
+def memory_table(part: str) -> str:
+    figures = by_x("memory-scaling.json", part, "activations and gradients, MiB", ".0f", order=METHODS)
+    return f"{figures}\n\n{source('memory-scaling.json')}"
+
+
+def largest_table() -> str:
+    rows = [row for row in read_result("memory-scaling.json")["rows"] if row["part"].startswith("largest")]
+    return f"{by_x('memory-scaling.json', rows[0]['part'], 'hidden layers', '.0f')}\n\n{source('memory-scaling.json')}"
+
+
+def windows_table(part: str) -> str:
+    rows = [row for row in read_result("windows.json")["rows"] if row["part"] == part]
+    lines = [[row["method"], f"{row['median']:.2f}", row["n"]] for row in rows]
+    return f"{table(['setting', 'test error in percent, last epoch', 'seeds'], lines)}\n\n{source('windows.json')}"
+
+
+def compiled_table() -> str:
+    columns = ("kernel", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
+    rows = [row for row in read_result("kernels-compiled.json")["rows"] if row["part"] == "sm_90"]
+    return f"{table(list(columns), [[row[c] for c in columns] for row in rows])}\n\n{source('kernels-compiled.json')}"
 
 
 TABLES = {
-    "mnist": lambda: paper_table("mnist", MNIST),
-    "wine-quality": lambda: paper_table("wine-quality", WINE_QUALITY),
+    "mnist": lambda: paper_table("mnist"),
+    "wine-quality": lambda: paper_table("wine-quality"),
     "step": step_table,
-    "memory": memory_table,
+    "memory": lambda: memory_table("MLP, against hidden layers"),
+    "memory-transformer": lambda: memory_table("transformer, against blocks"),
+    "memory-largest": largest_table,
+    "windows-1": lambda: windows_table("1 hidden, 20 epochs"),
+    "windows-3": lambda: windows_table("3 hidden, 20 epochs"),
+    "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
+    "kernels-compiled": compiled_table,
 }
+BLOCK = re.compile(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 
 
-def filled(text: str) -> str:
-    """The README with every marked block replaced by its table."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- table: {name} -->", "<!-- end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        block = f"{begin}\n{make()}\n{end}"
-        text, count = pattern.subn(lambda _, block=block: block, text)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} blocks {begin}, needed: 1")
-    return text
+def filled(path: Path) -> str:
+    """A document with every marked block replaced by its table, links made for where the document is."""
+    up = os.path.relpath(RESULTS.parent, path.parent)
+
+    def block(found: re.Match) -> str:
+        if found[1] not in TABLES:
+            raise SystemExit(f"{path.name} asks for a table {found[1]!r}; there are: {', '.join(TABLES)}")
+        made = TABLES[found[1]]().replace("](bench/", f"]({up}/")
+        return f"<!-- table: {found[1]} -->\n{made}\n<!-- end -->"
+
+    return BLOCK.sub(block, path.read_text(encoding="utf-8"))
 
 
 def draw() -> None:
@@ -83,32 +117,36 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    memory, runs = result("memory-depth.json")["peak_bytes"], result("paper.json")["runs"]["mnist"]
+    memory = [row for row in read_result("memory-scaling.json")["rows"] if row["part"] == "MLP, against hidden layers"]
+    runs = read_result("paper.json")["runs"]["mnist"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     for method, label, colour in (
         ("bp", "backprop", "#7a7a7a"),
         ("dfa", "DFA", "#d9a11e"),
         ("bp-checkpoint", "backprop, checkpointing", "#b0b0b0"),
+        ("bp-checkpoint-in-backward", "backprop, checkpointing, optimizer in backward", "#c9b6a4"),
         ("f3", "F3", "#1f6fb4"),
     ):
-        depths = [int(depth) for depth in memory[method]]
+        line = [(row["x"], row["median"]) for row in memory if row["method"] == method and row["metric"].startswith("act")]
         style = "--" if method == "dfa" else "-"  # DFA lies on backpropagation
-        left.plot(depths, [count / 2**20 for count in memory[method].values()], style, marker="o", color=colour, label=label)
+        left.plot(*zip(*line, strict=True), style, marker="o", color=colour, label=label)
     left.set(title="Activations and gradients of a step", xlabel="hidden layers", ylabel="MiB", ylim=0)
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize=8)
     bars = {
         "backprop": ("bp-default", "#7a7a7a"),
         "DFA": ("dfa-default", "#d9a11e"),
+        "F3, windows": ("f3-windows", "#1f6fb4"),
         "F3, this library's default": ("f3-default", "#1f6fb4"),
         "F3, the paper's setting": ("f3-error-masked-trinomial", "#8fb8da"),
         "DRTP": ("drtp-trinomial", "#cccccc"),
         "last layer only": ("last-layer", "#cccccc"),
     }
-    values = [runs[name]["last"] for name, _ in bars.values()]
-    drawn = right.barh(list(bars), values, color=[colour for _, colour in bars.values()])
+    bars = {label: bar for label, bar in bars.items() if bar[0] in runs}
+    means = [sum(run["last"] for run in runs[name].values()) / len(runs[name]) for name, _ in bars.values()]
+    drawn = right.barh(list(bars), means, color=[colour for _, colour in bars.values()])
     right.bar_label(drawn, fmt="%.2f", padding=3)
     right.invert_yaxis()
-    right.set(title="MNIST, 784-500-10, 100 epochs", xlabel="test error in percent", xlim=(0, max(values) * 1.12))
+    right.set(title="MNIST, 784-500-10, 100 epochs", xlabel="test error in percent", xlim=(0, max(means) * 1.12))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(exist_ok=True)
@@ -119,11 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
+    made = {path: filled(path) for path in documents()}
+    changed = [path for path, text in made.items() if text != path.read_text(encoding="utf-8")]
     if options.check:
-        sys.exit("README.md: a table is not that of its results; run python -m bench.report" if before != after else 0)
-    README.write_text(after, encoding="utf-8")
+        sys.exit(f"{changed[0].name}: a table is not that of its results; run python -m bench.report" if changed else 0)
+    for path in changed:
+        path.write_text(made[path], encoding="utf-8")
     draw()
 
 

@@ -17,7 +17,7 @@ import torch
 
 import f3triton as f3
 
-from .common import RESULTS, origin, write_result
+from .common import RESULTS, result, row, save
 
 OFF = {"window": "off"}
 PEERS = {"bp": {"method": "bp"}, "dfa": {"method": "dfa"}, "f3": OFF}
@@ -74,6 +74,18 @@ def run(train: f3.Dataset, test: f3.Dataset, hidden: int, epochs: int, seed: int
     }
 
 
+def rows_of(runs: dict[str, dict]) -> list[dict]:
+    """Rows: the last epoch's test error of every setting, over its seeds."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for name, found in runs.items():
+        part, kind = ", ".join(name.split(", ")[:2]), name.split(", ")[2]
+        groups.setdefault((part, kind), []).append(found)
+    return [
+        row(kind, "last epoch", "test error, %", [found["last"] for found in group], part=part)
+        for (part, kind), group in groups.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", metavar="DATASET", help="MNIST: a hub name or a folder")
@@ -85,17 +97,16 @@ def main() -> None:
         parser.error("give --mnist DATASET or --quick")
     torch.set_num_threads(options.threads)
     output = options.output or RESULTS / ("windows-quick.json" if options.quick else "windows.json")
-    done = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"runs": {}}
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
     train, test = f3.load_dataset("digits" if options.quick else options.mnist)
     for hidden, epochs, seeds, cells in QUICK if options.quick else GRID:
         for settings in cells:
             for seed in seeds:
                 name = name_of(hidden, epochs, seed, settings)
-                if name not in done["runs"]:
-                    done["runs"][name] = run(train, test, hidden, epochs, seed, settings)
-                    write_result(output, {**origin("bench.windows"), **done})
-                found = done["runs"][name]
-                print(f"{name}: last {found['last']:.2f}, best {found['best']:.2f}", flush=True)
+                if name not in runs:
+                    runs[name] = run(train, test, hidden, epochs, seed, settings)
+                    save(output, result("windows", rows_of(runs), {"threads": options.threads}, runs=runs))
+                print(f"{name}: last {runs[name]['last']:.2f}, best {runs[name]['best']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 from . import kernels, models
 from .data import Dataset, load_dataset
+from .diagnostics import Diagnostics
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import SGD, Adam, AdamW
@@ -23,6 +24,7 @@ __all__ = [
     "AdamW",
     "Block",
     "Dataset",
+    "Diagnostics",
     "Feedback",
     "InputError",
     "Linear",

@@ -64,6 +64,10 @@ class Stage(nn.Module):
         else:  # whole numbers stay as they are: a quarter of the memory, and the kernels read them
             self.feedback_matrix = self.feedback_matrix.to(like.device)
 
+    def signal(self, error: Tensor, h: Tensor) -> Tensor:
+        """`e B` in the shape of the output `h [M, ...]`."""
+        return eager.project(error, self.feedback_matrix, 1.0, h.dtype).view_as(h)
+
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         """Run forward on `x [M, ...]` and learn from `error [M, C]`; returns the output from before the update."""
         h, kept = self.keep(x, updater)

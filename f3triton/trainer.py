@@ -167,7 +167,7 @@ class Trainer:
         Ctrl-C ends the run after a last evaluation. Raises InputError where the data does not fit the model, Diverged
         where the loss is not finite.
         """
-        train, test = self._place(_as_dataset(train)), self._place(_as_dataset(test))
+        train, test = self.place(_as_dataset(train)), self.place(_as_dataset(test))
         self.check(train, test, epochs, eval_every)
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
@@ -282,7 +282,7 @@ class Trainer:
 
         `test_mse` is in units of the training targets' variance, `test_mse_in_units` in the targets' own, by name.
         """
-        data = self._place(_as_dataset(data))
+        data = self.place(_as_dataset(data))
         return self._test_figures(data, resolve_loss(self.loss, data.task), 0)
 
     def _end_epoch(self, store: ErrorStore | None, epoch: int) -> Record:
@@ -315,7 +315,7 @@ class Trainer:
     def _batches(self, data: Dataset, epoch: int) -> Iterable[Tensor]:
         return sample_order(len(data), self.seed, epoch).to(data.device).split(self.batch_size)
 
-    def _place(self, data: Dataset | None) -> Dataset | None:
+    def place(self, data: Dataset | None) -> Dataset | None:
         """The data set on the trainer's device, or where it is, should it take more than half of the memory that is free."""
         if data is None or data.device == self.device:
             return data

@@ -11,14 +11,29 @@ sys.path.insert(0, str(ROOT))
 
 
 def test_tables_are_those_of_the_results() -> None:
-    from bench.report import README, filled
+    from bench.report import BLOCK, documents, filled
 
-    text = README.read_text(encoding="utf-8")
-    assert filled(text) == text, "run python -m bench.report"
+    assert BLOCK.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    for path in documents():
+        assert filled(path) == path.read_text(encoding="utf-8"), f"{path.name}: run python -m bench.report"
 
 
 def test_links_lead_somewhere() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    from bench.report import documents
+
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        assert not [link for link in links if not (path.parent / link).exists()], path.name
+
+
+def test_every_result_has_the_one_form() -> None:
+    from bench.common import RESULTS, read_result
+
+    for path in sorted(RESULTS.glob("*.json")):
+        content = read_result(path.name)
+        needed = {"benchmark", "command", "date", "processor", "device", "versions", "settings", "rows"}
+        assert needed <= content.keys(), path.name
+        for row in content["rows"]:
+            assert {"part", "method", "x", "x_name", "metric", "median", "p20", "p80", "n"} <= row.keys(), path.name
+            assert row["p20"] <= row["median"] <= row["p80"], path.name

@@ -184,7 +184,7 @@ def test_options_reach_the_trainer(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--hidden", "0"], "whole numbers of at least 1, got [64, 0, 10]"),
-        (["--hidden", "many"], "invalid int value: 'many'"),
+        (["--hidden", "many"], "'many' is not a number of units"),
         (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--momentum", "0.9"], "optimizer 'adam' has no 'momentum'"),

@@ -1,0 +1,104 @@
+"""The benchmarks: what each measures, and all of them in one command.
+
+    python -m bench                          list them
+    python -m bench all --quick              each at a small size, into a folder of its own
+    python -m bench all --full               each as its committed result was made; hours
+    python -m bench.NAME --help
+
+Those that need a GPU are left out where there is none, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from .common import RESULTS
+
+HERE = Path(__file__).parent
+NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
+NEEDS_GPU = {"kernels"}
+# arguments of the committed results, beside --output
+FULL = {
+    "kernel_report": ["--arch", "all"],
+    "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
+    "windows": ["--mnist", "{mnist}"],
+}
+
+
+def benchmarks() -> dict[str, str]:
+    """What each benchmark measures: the first line of its module."""
+    found = {}
+    for path in sorted(HERE.glob("*.py")):
+        if path.stem not in NOT_ALONE:
+            first = path.read_text(encoding="utf-8").split('"""')[1].strip().splitlines()[0]
+            found[path.stem] = first
+    return found
+
+
+def arguments_of(name: str, quick: bool, data: dict[str, str | None]) -> list[str] | None:
+    """A benchmark's own arguments; None where it needs data that was not given."""
+    if quick:
+        return ["--quick"]
+    arguments = []
+    for text in FULL.get(name, ()):
+        needed = re.search(r"{(\w+)}", text)
+        if needed and data[needed[1]] is None:
+            return None
+        arguments.append(text.format(**data))
+    return arguments
+
+
+def run_all(quick: bool, output: Path, data: dict[str, str | None]) -> list[str]:
+    """Run every benchmark in a process of its own, results into `output`; the names of those that failed."""
+    failed = []
+    for name in benchmarks():
+        arguments = arguments_of(name, quick, data)
+        if (name in NEEDS_GPU and not torch.cuda.is_available()) or arguments is None:
+            print(f"{name}: left out, needs {'data: see --help' if arguments is None else 'a GPU'}", flush=True)
+            continue
+        began = time.perf_counter()
+        path = output / f"{name.replace('_', '-')}.json"
+        command = [sys.executable, "-m", f"bench.{name}", *arguments, "--output", str(path)]
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+        failed += [name] if done.returncode or not path.exists() else []
+        print(f"{name}: {'FAILED' if name in failed else 'ok'}, {time.perf_counter() - began:.0f} s", flush=True)
+        if name in failed:
+            print("  " + "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-5:]), flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("all", nargs="?", choices=["all"], help="run them; without it they are listed")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true")
+    size.add_argument("--full", action="store_true")
+    parser.add_argument("--mnist", metavar="DATASET", help="hub name or folder, for --full")
+    parser.add_argument("--wine", metavar="DATASET", help="folder of Wine Quality, for --full")
+    parser.add_argument("--text", metavar="FILE", help="Tiny Shakespeare, for --full")
+    parser.add_argument("--output", type=Path, help="folder of the results; default: a new one, with --full bench/results")
+    options = parser.parse_args()
+    if options.all is None:
+        for name, first in benchmarks().items():
+            print(f"{name:16s} {first}{' (needs a GPU)' if name in NEEDS_GPU else ''}")
+        return
+    if not options.quick and not options.full:
+        parser.error("all needs --quick or --full")
+    output = options.output or (RESULTS if options.full else Path(tempfile.mkdtemp(prefix="f3triton-bench-")))
+    output.mkdir(parents=True, exist_ok=True)
+    failed = run_all(options.quick, output.resolve(), {name: getattr(options, name) for name in ("mnist", "wine", "text")})
+    print(f"results in {output}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

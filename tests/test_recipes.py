@@ -1,0 +1,102 @@
+"""Recipes: every run is made of options that exist, and trains on made-up rows of the data set's own columns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from f3triton.exceptions import InputError
+from f3triton.recipes import open_data, read_recipe, recipe_names
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
+
+ROWS = 60
+
+
+def made_up(schema: dict[str, str], header: bool, folder: Path) -> Path:
+    """A file of rows of the columns that a recipe's schema describes, every class and word in it."""
+    generator = np.random.default_rng(0)
+    columns = {}
+    for name, kind in schema.items():
+        word, *rest = kind.split()
+        if word == "integer":
+            low, high = map(int, rest)
+            columns[name] = [low, high, *generator.integers(low, high, ROWS - 2, endpoint=True)]
+        elif word == "number":
+            columns[name] = generator.normal(size=ROWS).round(4).tolist()
+        elif word == "word":
+            columns[name] = [rest[i % len(rest)] for i in range(ROWS)]
+        elif word == "class":
+            columns[name] = [i % int(rest[0]) for i in range(ROWS)]
+        else:
+            width, height = map(int, rest[0].split("x"))
+            shape = (height, width) if rest[1] == "grey" else (height, width, 3)
+            columns[name] = [Image.fromarray(generator.integers(0, 255, shape, dtype=np.uint8)) for _ in range(ROWS)]
+    if any(kind.startswith("image") for kind in schema.values()):
+        import datasets
+
+        features = {name: datasets.Image() if kind.startswith("image") else datasets.ClassLabel(num_classes=10)
+                    for name, kind in schema.items()}  # fmt: skip
+        datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(folder / "rows")
+        return folder / "rows"
+    path = folder / "rows.csv"
+    lines = [",".join(columns)] if header else []
+    lines += [", ".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_run_is_made_of_options_that_exist(name: str) -> None:
+    recipe = read_recipe(name)
+    options = {action.dest: action for action in train.make_parser()._actions}
+    assert set(recipe.published) <= set(recipe.runs)
+    for run in [None, *recipe.runs]:
+        for key, value in recipe.options_of(run).items():
+            assert key in options, f"{run}: {key}"
+            allowed = options[key].choices
+            assert allowed is None or value in allowed, f"{run}: {key} = {value!r}"
+        parsed = train.parse(["--recipe", f"{name}/{run}" if run else name])
+        assert all(isinstance(size, int) for size in parsed.hidden)
+    assert train.parse(["--recipe", name, "--lr", "0.5"]).lr == 0.5
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_trains_on_rows_of_its_schema(name: str, tmp_path: Path) -> None:
+    recipe = read_recipe(name)
+    run = next(run for run in recipe.runs if run.startswith("f3"))
+    data = made_up(recipe.schema, "names" not in recipe.data, tmp_path)
+    arguments = ["--recipe", f"{name}/{run}", "--dataset", str(data), "--epochs", "1", "--quiet", "--device", "cpu"]
+    if recipe.options["model"] == "mlp":
+        arguments += ["--hidden", "8"]
+    assert train.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["epochs"] == 1
+    assert summary["task"] == recipe.options.get("task", "classification")
+    assert train.main(["--evaluate", str(tmp_path / "run"), "--quiet"]) == 0
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train.main(["--recipe", "mnist/nothing"]) == 2
+    assert "has no run 'nothing'" in capsys.readouterr().err
+    assert train.main(["--recipe", "sgemm"]) == 2
+    assert "needs its data: sgemm_product.csv" in capsys.readouterr().err
+    short = tmp_path / "short.csv"
+    short.write_text("1,2,3\n4,5,6\n")
+    with pytest.raises(InputError, match="has 3 columns, the recipe names 15"):
+        open_data(read_recipe("census-income"), str(short))
+    with pytest.raises(InputError, match=r"no column 'Run1 \(ms\)'"):
+        open_data(read_recipe("sgemm"), str(short))
+
+
+def test_the_mean_of_columns_is_the_target(tmp_path: Path) -> None:
+    recipe = read_recipe("sgemm")
+    rows = open_data(recipe, str(made_up(recipe.schema, True, tmp_path)))
+    assert "runtime" in rows.column_names
+    assert "Run1 (ms)" not in rows.column_names
