@@ -7,12 +7,14 @@
 """
 
 from . import kernels, models
+from .block import Block, Layers
+from .convert import convert
 from .data import Dataset, load_dataset
 from .diagnostics import Diagnostics
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import SGD, Adam, AdamW
-from .layers import Block, Linear, Sequential, Stage
+from .layers import LayerNorm, Linear, Sequential, Stage
 from .predictor import Predictor, load
 from .trainer import Trainer
 
@@ -27,11 +29,14 @@ __all__ = [
     "Diagnostics",
     "Feedback",
     "InputError",
+    "LayerNorm",
+    "Layers",
     "Linear",
     "Predictor",
     "Sequential",
     "Stage",
     "Trainer",
+    "convert",
     "kernels",
     "load",
     "load_dataset",

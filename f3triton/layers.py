@@ -1,19 +1,19 @@
 """Stages: what a network is made of. Each can run forward, and run forward and learn; none ever looks at another.
 
-`Linear` is taught through the fused operations and never enters autograd; `Block` is any module, with an exact gradient
-inside and none beyond its own input.
+`Linear` is taught through the fused operations and never enters autograd. Stages of any module are in `block`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import modes
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import eager
@@ -33,20 +33,57 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Stage(nn.Module):
-    """A part of a network that learns on its own. Subclasses: `Linear`, `Block`.
+FEEDBACK_SHAPES = ("full", "shared")
 
-    `feedback` is a law (a word or a `Feedback`) or the matrix itself, `[C, units]`; `feedback_matrix` is the drawn one.
+
+class Stage(nn.Module):
+    """A part of a network that learns on its own. Subclasses: `Linear`, `LayerNorm`, `Block`, `Layers`.
+
+    `feedback` is a law (a word or a `Feedback`) or the matrix itself; `feedback_matrix` is the drawn one, `[C, units]`. With
+    `feedback_shape` `full`, `units` are all elements of a sample's output; with `shared` the features of one token (the last of
+    `[M, tokens, features]`, or the channels of `[M, channels, height, width]`), and all tokens or pixels share the matrix.
     """
 
-    def __init__(self, feedback: str | Feedback | Tensor) -> None:
+    def __init__(self, feedback: str | Feedback | Tensor, feedback_shape: str = "full") -> None:
         super().__init__()
+        self.feedback_shape = check_word("feedback shape", feedback_shape, FEEDBACK_SHAPES)
         self.register_buffer("feedback_matrix", None, persistent=False)
+        self.output_shape: torch.Size | None = None  # of a sample, known after `prepare`
         if isinstance(feedback, Tensor):
             self.feedback_law = None
             self.feedback_matrix = feedback.detach().clone()
         else:
             self.feedback_law = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = modes.current()
+        return self.compute(x) if mode is None else mode.run(self, x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The output for `x [M, ...]`, and nothing else."""
+        raise NotImplementedError
+
+    def prepare(self, x: Tensor, outputs: int, seed: int | None, positions: int = 1) -> Tensor:
+        """Run `x [1, ...]` through, and draw the feedback matrix for errors of width `outputs`, `positions` a sample.
+
+        Nothing is drawn where `seed` is None.
+        """
+        h = self.compute(x)
+        self.output_shape = h.shape[1:]
+        if seed is not None:
+            units = self.output_shape.numel()
+            if self.feedback_shape == "shared":
+                units = self.output_shape[0 if len(self.output_shape) == 3 else -1]
+            self.draw_feedback(outputs, units, seed)
+        return h
+
+    def check_shape(self, h: Tensor) -> None:
+        """Raise InputError where the output of a batch is not of the shape that it was prepared for."""
+        if self.output_shape is not None and h.shape[1:] != self.output_shape:
+            raise InputError(
+                f"a {type(self).__name__} gave outputs of shape {list(self.output_shape)} a sample before, and now "
+                f"{list(h.shape[1:])}; the shape must not change between batches"
+            )
 
     def draw_feedback(self, outputs: int, units: int, seed: int) -> None:
         """Draw `B [outputs, units]` by the stage's law; a matrix that was given is checked and kept.
@@ -64,9 +101,18 @@ class Stage(nn.Module):
         else:  # whole numbers stay as they are: a quarter of the memory, and the kernels read them
             self.feedback_matrix = self.feedback_matrix.to(like.device)
 
-    def signal(self, error: Tensor, h: Tensor) -> Tensor:
-        """`e B` in the shape of the output `h [M, ...]`."""
-        return eager.project(error, self.feedback_matrix, 1.0, h.dtype).view_as(h)
+    def signal(self, error: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale (e B)` in the shape of the output `h`, from `error`: a row for each sample, or for each of its tokens."""
+        matrix, tokens = self.feedback_matrix, h.numel() // len(error)  # what one error row has to teach
+        units = matrix.shape[1]
+        if units == tokens:
+            return eager.project(error, matrix, scale, h.dtype).view(h.shape)
+        if len(error) == len(h):  # shared: one error a sample, for each of its tokens or pixels
+            signal = eager.project(error, matrix, scale, h.dtype)  # [M, features]
+            return (signal[:, :, None, None] if h.dim() == 4 else signal[:, None]).expand_as(h)
+        by_position = rearrange(matrix.to(h.dtype), "c (t d) -> t c d", t=len(error) // len(h))
+        errors = rearrange(error.to(h.dtype), "(m t) c -> t m c", m=len(h))
+        return rearrange(errors @ by_position, "t m d -> m t d") * scale
 
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         """Run forward on `x [M, ...]` and learn from `error [M, C]`; returns the output from before the update."""
@@ -83,14 +129,19 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def finish(self, kept: object, gradient: Tensor, updater: Updater) -> None:
-        """Update a last stage from the exact gradient at its output, `[M, C]`."""
+        """Update a last stage from the exact gradient at its output, in the output's shape."""
         raise NotImplementedError
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of that name."""
+    return _FORWARD[activation](x)
 
 
 class Linear(Stage):
     """`h = phi(x W^T + b)`, with torch's default initialisation; updated by the outer product of `(e B) * phi'(a)` and `x`.
 
-    `x` is `[M, in_features]`, `h` `[M, out_features]`. `activation` is one of identity, tanh, sigmoid, relu, gelu,
+    `x` is `[..., in_features]`, `h` `[..., out_features]`. `activation` is one of identity, tanh, sigmoid, relu, gelu,
     gelu-tanh, silu. Raises InputError for sizes below 1, unknown words, or an input of another shape.
     """
 
@@ -101,8 +152,9 @@ class Linear(Stage):
         activation: str = "identity",
         feedback: str | Feedback | Tensor = "trinomial",
         bias: bool = True,
+        feedback_shape: str = "full",
     ) -> None:
-        super().__init__(feedback)
+        super().__init__(feedback, feedback_shape)
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} of a Linear stage must be a whole number of at least 1, got {value!r}")
@@ -112,17 +164,20 @@ class Linear(Stage):
         self.weight, self.bias = fresh.weight, fresh.bias  # [out, in], [out]
         self._act = _FORWARD[self.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or x.shape[1] != self.in_features:
+    def compute(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise InputError(f"a Linear stage needs an input of shape [batch, {self.in_features}], got {list(x.shape)}")
         return self._act(functional.linear(x, self.weight, self.bias))
 
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         u = updater
+        shape = x.shape[:-1]
+        if self.feedback_matrix.shape[1] != self.out_features or len(error) != shape.numel():
+            return super().learn(x, error, updater, scale)
         if u.compute_dtype is not None:
             x = x.to(u.compute_dtype)
-        return u.ops.linear_step_(
-            x,
+        h = u.ops.linear_step_(
+            x if x.dim() == 2 else x.flatten(0, -2),
             self.weight,
             self.bias,
             error,
@@ -136,29 +191,40 @@ class Linear(Stage):
             scale,
             **u.halves(self.weight),
         )
+        return h if x.dim() == 2 else h.view(*shape, -1)
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Keeps the input and what the activation's slope comes from, as matrices."""
         if updater.compute_dtype is not None:
             x = x.to(updater.compute_dtype)
+        shape = x.shape[:-1]
+        if x.dim() != 2:
+            x = x.flatten(0, -2)
         weight = updater.halves(self.weight).get("shadow", self.weight)
         h, kept = updater.ops.linear_keep(x, weight, self.bias, self.activation)
-        return h, (x, kept)
+        return h if len(shape) == 1 else h.view(*shape, -1), (x, kept)
 
     def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:
-        self._update(kept, eager.project(error, self.feedback_matrix, scale, kept[0].dtype), updater)
+        slope_from = kept[1]  # [rows, N]
+        h = slope_from if self.output_shape is None else slope_from.view(-1, *self.output_shape)
+        self._update(kept, self.signal(error, h, scale).reshape(slope_from.shape), updater)
 
     def finish(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
         if kept[0].dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
             kept = kept[0].float(), kept[1].float()
-        self._update(kept, gradient, updater)
+        self._update(kept, gradient.reshape(kept[1].shape), updater)
 
     def _update(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
         x, slope_from = kept
-        u = updater
         if gradient.dtype != slope_from.dtype:
             gradient = gradient.to(slope_from.dtype)
-        delta = eager.times_slope(gradient, slope_from, self.activation)
-        u.ops.outer_product_update_(
+        self.update(eager.times_slope(gradient, slope_from, self.activation), x, updater, wants_input=False)
+
+    def update(self, delta: Tensor, x: Tensor, updater: Updater, wants_input: bool) -> Tensor | None:
+        """Update from `delta^T x`; with `wants_input` returns the input's gradient `delta W`, taken from the old weight."""
+        u = updater
+        operation = u.ops.linear_backward_update_ if wants_input else u.ops.outer_product_update_
+        return operation(
             self.weight,
             self.bias,
             delta,
@@ -177,43 +243,33 @@ class Linear(Stage):
         return f"{sizes}, activation={self.activation!r}, feedback={law!r}, bias={self.bias is not None}"
 
 
-class Block(Stage):
-    """Any module as a stage: exact gradients inside, seeded at its output with `e B` in the output's shape.
+class LayerNorm(Stage):
+    """Layer normalisation over the last dimension, with a scale and a shift that can be taught directly (see `Layers`)."""
 
-    The module runs under autograd on a detached input; its parameters are updated, and its gradients and activations
-    freed, before the next stage runs. Its output must be one floating tensor `[M, ...]` of a fixed shape.
-    """
+    def __init__(
+        self, features: int, feedback: str | Feedback | Tensor = "trinomial", eps: float = 1e-5, feedback_shape: str = "full"
+    ) -> None:
+        super().__init__(feedback, feedback_shape)
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
 
-    def __init__(self, module: nn.Module, feedback: str | Feedback | Tensor = "trinomial") -> None:
-        super().__init__(feedback)
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.module(x)
-        if not isinstance(h, Tensor):
-            name = type(self.module).__name__
-            raise InputError(f"the module of a Block must return one tensor, but {name} returned a {type(h).__name__}")
-        return h
+    def compute(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad(), autocast(x.device, updater.compute_dtype):
-            h = self(x.detach())
-        return h.detach(), h
+        normal = functional.layer_norm(x, self.weight.shape, eps=self.eps)
+        return normal * self.weight + self.bias, normal
 
     def teach(self, kept: Tensor, error: Tensor, updater: Updater, scale: float) -> None:
-        signal = eager.project(error, self.feedback_matrix, scale, kept.dtype)
-        self.finish(kept, signal.view_as(kept), updater)
+        self.finish(kept, self.signal(error, kept, scale), updater)
 
     def finish(self, kept: Tensor, gradient: Tensor, updater: Updater) -> None:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not parameters:
-            return
-        if not kept.requires_grad:
-            raise InputError(f"{type(self.module).__name__} in a Block cuts the gradient between its parameters and its output")
-        gradients = torch.autograd.grad(kept, parameters, gradient.to(kept.dtype), allow_unused=True)
-        for parameter, own in zip(parameters, gradients, strict=True):
-            if own is not None:
-                updater.apply(parameter, own)
+        by_feature = gradient.flatten(0, -2), kept.flatten(0, -2)  # [rows, features]
+        updater.apply(self.weight, (by_feature[0] * by_feature[1]).sum(0).to(self.weight.dtype))
+        updater.apply(self.bias, by_feature[0].sum(0).to(self.bias.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
 
 
 class Sequential(nn.Module):
@@ -247,30 +303,29 @@ class Sequential(nn.Module):
         return x
 
     @torch.no_grad()
-    def prepare(self, example: Tensor, outputs: int, seed: int | None) -> None:
+    def prepare(self, example: Tensor, outputs: int, seed: int | None, positions: int = 1) -> None:
         """Run `example [1, ...]` through, and draw every hidden stage's feedback matrix for the size of its output.
 
-        Nothing is drawn where `seed` is None.
+        Nothing is drawn where `seed` is None. `positions` is the number of predictions, each of `outputs` values, for a sample.
 
-        Raises InputError where an input does not fit a stage, or the last stage does not give `outputs` values.
+        Raises InputError where an input does not fit a stage, or the last stage does not give such an output.
         """
         was_training = self.training
         self.eval()
         x = example
         for position, stage in enumerate(self.stages):
             try:
-                x = stage(x)
+                taught = seed is not None and position < len(self) - 1
+                x = stage.prepare(x, outputs, derived_seed(seed, "feedback", position) if taught else None, positions)
             except InputError as error:
                 raise InputError(f"stage {position}: {error}") from None
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"stage {position} cannot take an input of shape {list(x.shape)}: {reason}") from None
-            if seed is not None and position < len(self) - 1:
-                stage.draw_feedback(outputs, math.prod(x.shape[1:]), derived_seed(seed, "feedback", position))
         self.train(was_training)
-        if list(x.shape[1:]) != [outputs]:
-            shape = list(x.shape[1:])
-            raise InputError(f"the last stage's output for a sample has shape {shape}; the data set needs [{outputs}]")
+        shape, needed = list(x.shape[1:]), [outputs] if positions == 1 else [positions, outputs]
+        if shape != needed:
+            raise InputError(f"the last stage's output for a sample has shape {shape}; the data set needs {needed}")
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -13,6 +13,7 @@ import f3triton as f3
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 MLP_FILES = sorted(GOLDEN.glob("given-mlp-*.safetensors"))
+VIT_FILES = sorted(GOLDEN.glob("given-vit-*.safetensors"))
 
 # The authors' names for a signal, and ours.
 SIGNALS = {
@@ -45,21 +46,14 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.detach() - theirs).abs().max() / theirs.abs().max())
 
 
-@pytest.mark.skipif(not MLP_FILES, reason="the golden trajectories are not here")
-@pytest.mark.parametrize("path", MLP_FILES, ids=lambda path: path.stem)
-def test_mlp_trajectory(path: Path) -> None:
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(metadata, tensors) of a trajectory."""
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()["meta"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    names = sorted({key.removeprefix("init.").rsplit(".", 1)[0] for key in tensors if key.startswith("init.")}, key=position)
-    blocks = [name for name in names if f"init.{name}.weight" in tensors]
-    feedback = [tensors[f"init.{name}.feedback_weight"] for name in names if f"init.{name}.feedback_weight" in tensors]
+        return json.loads(file.metadata()["meta"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
 
-    weights = [tensors[f"init.{name}.weight"] for name in blocks]
-    sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
-    model = f3.models.MLP(sizes, activation="tanh", feedback=feedback or "trinomial").double()
-    for stage, name in zip(model.stages, blocks, strict=True):
-        stage.load_state_dict({"weight": tensors[f"init.{name}.weight"], "bias": tensors[f"init.{name}.bias"]})
+
+def trained(model: f3.Sequential, meta: dict, tensors: dict[str, torch.Tensor]) -> f3.Trainer:
+    """The trajectory, through the public interface."""
     rule = {"adam": f3.Adam, "sgd": f3.SGD}[meta["optimizer"]](lr=meta["lr"])
     trainer = f3.Trainer(
         model, LOSSES[meta["loss"]], rule, **settings(meta), lr_schedule="constant", precision="float64", device="cpu"
@@ -71,7 +65,23 @@ def test_mlp_trajectory(path: Path) -> None:
         return [row[row >= 0] for row in rows]
 
     trainer.fit((tensors["x"], tensors["y"]), meta["epochs"], batches=batches)
+    return trainer
 
+
+@pytest.mark.skipif(not MLP_FILES, reason="the golden trajectories are not here")
+@pytest.mark.parametrize("path", MLP_FILES, ids=lambda path: path.stem)
+def test_mlp_trajectory(path: Path) -> None:
+    meta, tensors = read(path)
+    names = sorted({key.removeprefix("init.").rsplit(".", 1)[0] for key in tensors if key.startswith("init.")}, key=position)
+    blocks = [name for name in names if f"init.{name}.weight" in tensors]
+    feedback = [tensors[f"init.{name}.feedback_weight"] for name in names if f"init.{name}.feedback_weight" in tensors]
+
+    weights = [tensors[f"init.{name}.weight"] for name in blocks]
+    sizes = [weights[0].shape[1], *(weight.shape[0] for weight in weights)]
+    model = f3.models.MLP(sizes, activation="tanh", feedback=feedback or "trinomial").double()
+    for stage, name in zip(model.stages, blocks, strict=True):
+        stage.load_state_dict({"weight": tensors[f"init.{name}.weight"], "bias": tensors[f"init.{name}.bias"]})
+    trainer = trained(model, meta, tensors)
     for stage, name in zip(model.stages, blocks, strict=True):
         assert relative(stage.weight, tensors[f"final.{name}.weight"]) < 1e-9, name
         assert relative(stage.bias, tensors[f"final.{name}.bias"]) < 1e-9, name
@@ -80,3 +90,36 @@ def test_mlp_trajectory(path: Path) -> None:
     with torch.no_grad():
         output = f3.kernels.reference.output_of(model.eval()(tensors["x"]), LOSSES[meta["loss"]])
     assert relative(output, tensors["final.output"]) < 1e-9
+
+
+# The authors' names inside a transformer block, and ours.
+VIT_NAMES = {
+    "norm1": "layer_norm1",
+    "attention.qkv": "attention.to_qkv",
+    "attention.out": "attention.to_out.0",
+    "norm2": "layer_norm2",
+    "rise": "mlp.linear1",
+    "fall": "mlp.linear2",
+}
+
+
+@pytest.mark.skipif(not VIT_FILES, reason="the golden trajectories are not here")
+@pytest.mark.parametrize("path", VIT_FILES, ids=lambda path: path.stem)
+def test_vit_trajectory(path: Path) -> None:
+    meta, tensors = read(path)
+    feedback = [tensors[f"init.model.layers.{n}.feedback_weight"] for n in (1, 3, 5)]
+    model = f3.models.ViT(8, 1, 5, patch_size=4, depth=2, heads=2, dim=8, head_dim=4, mlp_width=16, feedback=feedback).double()
+    theirs = {"stages.0.module.0.linear": "0.0.2", "stages.2": "4.0", "stages.3": "6.0"}
+    for stage, block in (("stages.0.module.1", "0.1.1"), ("stages.1.module", "2.1")):
+        theirs |= {f"{stage}.{ours}": f"{block}.{name}" for ours, name in VIT_NAMES.items()}
+    names = {f"{ours}.{part}": f"model.layers.{name}.{part}" for ours, name in theirs.items() for part in ("weight", "bias")}
+    names = {ours: name for ours, name in names.items() if f"init.{name}" in tensors}
+    model.load_state_dict({ours: tensors[f"init.{name}"] for ours, name in names.items()})
+
+    trainer = trained(model, meta, tensors)
+
+    for ours, parameter in model.named_parameters():
+        assert relative(parameter, tensors[f"final.{names[ours]}"]) < 1e-9, ours
+    assert relative(trainer.learner.store.rows, tensors["final.errors"]) < 1e-9
+    with torch.no_grad():
+        assert relative(model.eval()(tensors["x"]), tensors["final.output"]) < 1e-9

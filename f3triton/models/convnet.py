@@ -1,0 +1,80 @@
+"""The convolutional networks of the DRTP experiments (Frenkel et al. 2021, arXiv 1909.01311)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..block import Block
+from ..exceptions import InputError
+from ..feedback import Feedback
+from ..kernels.reference import ACTIVATIONS
+from ..layers import Linear, Sequential, activate
+from ..words import check_word
+
+
+class Convolution(nn.Module):
+    """A convolution that keeps height and width, the activation, and 2x2 max pooling."""
+
+    def __init__(self, image: tuple[int, int, int], channels: int, kernel: int, activation: str, flatten: bool) -> None:
+        super().__init__()
+        self.image, self.activation, self.flatten = image, activation, flatten
+        self.convolution = nn.Conv2d(image[0], channels, kernel, padding=kernel // 2)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(activate(self.convolution(x.view(len(x), *self.image)), self.activation))
+        return x.flatten(1) if self.flatten else x
+
+
+class ConvNet(Sequential):
+    """Stages of convolution, activation and pooling, then `Linear` stages of `hidden` units, then the output.
+
+    `image` is `(channels, height, width)`. `channels` are those of each convolution. The DRTP authors' networks are
+    `channels=[32], kernel_size=5, hidden=[1000]` for MNIST and `channels=[64, 256], kernel_size=3, hidden=[1000, 1000]` for
+    CIFAR-10. Raises InputError for sizes below 1, an even kernel, or an image too small for so many poolings.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        classes: int,
+        channels: Sequence[int] = (32,),
+        kernel_size: int = 5,
+        hidden: Sequence[int] = (1000,),
+        activation: str = "tanh",
+        feedback: str | Feedback = "trinomial",
+        feedback_shape: str = "full",
+    ) -> None:
+        channels, hidden = list(channels), list(hidden)
+        self.settings = {
+            "image": list(image), "classes": classes, "channels": channels, "kernel_size": kernel_size, "hidden": hidden,
+            "activation": activation, "feedback_shape": feedback_shape,
+        }  # fmt: skip
+        for name, sizes in (("image", image), ("channels", channels), ("classes", [classes]), ("hidden", hidden)):
+            if not all(isinstance(size, int) and size >= 1 for size in sizes):
+                raise InputError(f"{name} of a ConvNet must be whole numbers of at least 1, got {list(sizes)}")
+        if not channels:
+            raise InputError("a ConvNet needs at least one convolution; use an MLP for none")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel size of a ConvNet must be an odd whole number, got {kernel_size!r}")
+        if min(image[1:]) < 2 ** len(channels):
+            raise InputError(f"an image of {image[1]}x{image[2]} is too small for {len(channels)} poolings")
+        stages, shape = [], tuple(image)
+        check_word("activation", activation, ACTIVATIONS)
+        for number, count in enumerate(channels, 1):
+            last = number == len(channels)
+            stages.append(
+                Block(Convolution(shape, count, kernel_size, activation, last), feedback, "full" if last else feedback_shape)
+            )
+            shape = count, shape[1] // 2, shape[2] // 2
+        width = shape[0] * shape[1] * shape[2]
+        for units in hidden:
+            stages.append(Linear(width, units, activation, feedback))
+            width = units
+        super().__init__(*stages, Linear(width, classes))
+
+    def config(self) -> dict[str, object]:
+        """What `load` needs to build the same network again."""
+        return {"model": "convnet", **self.settings}
