@@ -25,6 +25,12 @@ from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
 from f3triton.errors import ERROR_DTYPES, Codec, make_codec, pick_home
 from f3triton.feedback import LAWS
+from f3triton.layers import FEEDBACK_SHAPES
+from f3triton.models.build import MODELS, OPTIONS, build
+from f3triton.models.build import describe as describe_network
+from f3triton.models.transformer import GRANULARITIES
+from f3triton.models.vit import EMBEDDINGS, POOLS
+from f3triton.network_budget import network_budget
 from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
 from f3triton.recipes import open_data, read_recipe, recipe_names, split_name
 from f3triton.report import Console, shown
@@ -71,6 +77,14 @@ def number_of_samples(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
+def own(option: str) -> str:
+    """An option's default by kind of network, for its help."""
+    values = {kind: its[option] for kind, its in OPTIONS.items() if option in its}
+    plain = {kind: " ".join(map(str, value)) if isinstance(value, list) else str(value) for kind, value in values.items()}
+    one = set(plain.values())
+    return f"; default: {one.pop() if len(one) == 1 else ', '.join(f'{value} ({kind})' for kind, value in plain.items())}"
+
+
 def make_parser() -> Parser:
     parser = Parser(
         description="Train a neural network with no backward pass (F3), or with one of its peers.",
@@ -94,18 +108,35 @@ def make_parser() -> Parser:
     add("--max-test-samples", type=int, metavar="N", help="test on N samples drawn by the seed; default: all")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=("mlp",), default="mlp", help="kind of network")
-    add("--hidden", type=layer_sizes, nargs="+", default=[500], metavar="N", help="units of hidden layers; 500x3: three of 500")
-    add("--activation", choices=ACTIVATIONS, default="tanh", help="of the hidden layers")
+    add("--model", choices=tuple(MODELS), default="mlp", help="kind of network")
+    add("--activation", choices=ACTIVATIONS, help="of the hidden layers; default: tanh")
+    units = f"mlp, convnet: units of layers, 500x3: three of 500{own('hidden')}"
+    add("--hidden", type=layer_sizes, nargs="+", metavar="N", help=units)
+    add("--channels", type=int, nargs="+", metavar="N", help=f"convnet: of each convolution{own('channels')}")
+    add("--kernel-size", type=int, metavar="N", help=f"convnet: of the convolutions{own('kernel_size')}")
+    add("--depth", type=int, metavar="N", help=f"transformers: blocks{own('depth')}")
+    add("--dim", type=int, metavar="N", help=f"transformers: features of a token{own('dim')}")
+    add("--heads", type=int, metavar="N", help=f"transformers: attention heads{own('heads')}")
+    add("--head-dim", type=int, metavar="N", help="transformers: features of a head; default: dim / heads")
+    add("--mlp-width", type=int, metavar="N", help=f"transformers: units of the layer in a block{own('mlp_width')}")
+    add("--dropout", type=float, metavar="P", help=f"transformers{own('dropout')}")
+    add("--norm", action=argparse.BooleanOptionalAction, help="vit: layer normalisation in the blocks; default: yes")
+    add("--patch-size", type=int, metavar="N", help=f"vit: pixels of a patch's side{own('patch_size')}")
+    add("--embedding", choices=EMBEDDINGS, help=f"vit: one layer from the whole image, or one for each patch{own('embedding')}")
+    add("--position-embedding", action="store_true", default=None, help="vit: add a learned vector to each token")
+    add("--pool", choices=POOLS, help=f"vit: what the head sees of the tokens{own('pool')}")
+    direct = f"transformers: exact gradients inside each block, or each layer taught directly{own('granularity')}"
+    add("--granularity", choices=GRANULARITIES, help=direct)
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="f3", help="f3, its peers, bp (backpropagation), last-layer (others stay random)")
+    add("--method", choices=METHODS, default="f3", help="f3, its peers; fa (feedback alignment) and bp go backward")
     add("--signal", choices=SOURCES, help="what teaches the hidden layers; default: the method's own (f3: delayed-error)")
     add("--link", choices=LINKS, default="auto", help="of the output, before the error is taken; auto: the loss's own")
     add("--mask-target", action="store_true", help="multiply the error by the one-hot target")
     add("--feedback", default="trinomial", metavar="LAW", help=f"law of the feedback matrices: {', '.join(LAWS)}")
     add("--feedback-values", type=float, nargs="+", metavar="V", help="of discrete-uniform, cartesian-product; default: -1 0 1")
     add("--feedback-scale", type=number_or_word, default=1.0, metavar="S", help="factor: a number, ones, zeros or 1/C")
+    add("--feedback-shape", choices=FEEDBACK_SHAPES, help="vit, convnet: tokens or pixels have own columns, or share")
     add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
 
     add = parser.add_argument_group("training").add_argument
@@ -168,12 +199,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
-    layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
-    options.hidden = [size for layer in layers for size in layer]
+    if options.hidden is not None:
+        layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
+        options.hidden = [size for layer in layers for size in layer]
     return options
 
 
 # --- data, model, training --------------------------------------------------------------------------------------------
+
+
+def title_of(network: dict[str, object]) -> str:
+    """`MLP 64-500-10`, or the kind of network and its settings."""
+    if network["model"] == "mlp":
+        return f"MLP {'-'.join(map(str, network['sizes']))}"
+    settings = (f"{name} {value}" for name, value in network.items() if name != "model" and value is not None)
+    return f"{network['model']}: {', '.join(settings)}"
 
 
 def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
@@ -218,8 +258,14 @@ def windows_of(options: argparse.Namespace) -> Windows | None:
     return resolve_windows(options.window, options.visits, options.first_visit, options.batch_size, delayed)
 
 
+def network_of(options: argparse.Namespace, train_set: Dataset) -> dict[str, object]:
+    """The description of the network (see `f3triton.models.build`)."""
+    names = {name for options_of_model in OPTIONS.values() for name in options_of_model}
+    return describe_network(options.model, train_set, {name: getattr(options, name) for name in names}, options.activation)
+
+
 def make_trainer(
-    options: argparse.Namespace, sizes: list[int], method: str, signal: str | None, in_windows: bool = True
+    options: argparse.Namespace, network: dict[str, object], method: str, signal: str | None, in_windows: bool = True
 ) -> Trainer:
     """The network and its trainer: the same first weights for the same seed, whatever the method."""
     feedback, rule = feedback_and_rule(options)
@@ -227,7 +273,7 @@ def make_trainer(
     errors = {"error_store": options.error_store, "error_dtype": options.error_dtype} if in_windows else {}
     torch.manual_seed(options.seed)
     return Trainer(
-        f3.models.MLP(sizes, options.activation, feedback),
+        build(network, feedback),
         options.loss,
         rule,
         method=method,
@@ -280,14 +326,16 @@ def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> N
     if signal is None or not signal.delayed:
         idle |= {"--error-store", "--error-dtype"}
     for option in sorted(idle & given):
-        taught = "backpropagation" if signal is None else f"the signal {signal.source!r}"
+        taught = f"the method {options.method!r}" if signal is None else f"the signal {signal.source!r}"
         raise f3.InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
 
 
-def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Dataset, Dataset]) -> tuple[Budget, str]:
+def dry_budget(
+    options: argparse.Namespace, network: dict[str, object], data: tuple[Dataset, Dataset]
+) -> tuple[Budget, str]:
     """The needs of the run, by arithmetic, and a line about its error store; of the network only the shapes are made."""
     with torch.device("meta"):
-        f3.models.MLP(sizes, options.activation)
+        shapes = build(network)
     if options.batch_size < 1:
         raise f3.InputError(f"batch size must be a whole number of at least 1, got {options.batch_size}")
     _, rule = feedback_and_rule(options)
@@ -297,11 +345,14 @@ def dry_budget(options: argparse.Namespace, sizes: list[int], data: tuple[Datase
     rows = min(windows.size, samples) if windows is not None and windows.local else samples
     error_bytes, line = 0, "error store: none"
     if signal is not None and signal.delayed:
-        codec = make_codec(options.error_dtype, sizes[-1], types.working, data[0].task == "classification")
+        codec = make_codec(options.error_dtype, data[0].outputs, types.working, data[0].task == "classification")
         home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
         error_bytes, line = rows * codec.row_bytes, store_line(home, rows, codec)
     batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
-    return mlp_budget(sizes, batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes), line
+    if options.model == "mlp":
+        return mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes), line
+    shape = data[0].preprocessing.shape
+    return network_budget(shapes, shape, data[0].outputs, batch, rule, signal, types, data_bytes, error_bytes), line
 
 
 def store_line(home: str, samples: int, codec: Codec) -> str:
@@ -325,16 +376,16 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     for line in train_set.preprocessing.describe():
         say(f"  {line}")
 
-    sizes = [train_set.in_features, *options.hidden, train_set.outputs]
+    network = network_of(options, train_set)
     if options.dry_run:
-        budget, line = dry_budget(options, sizes, data)
+        budget, line = dry_budget(options, network, data)
         say("\n".join([*describe(budget), line]))
         steps = options.epochs * steps_per_epoch(len(train_set), options.batch_size, windows)
         say(f"steps {steps:,}, of {options.batch_size} sample visits each, in {options.epochs:,} epochs")
         return
-    trainer = make_trainer(options, sizes, options.method, options.signal)
+    trainer = make_trainer(options, network, options.method, options.signal)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
-    say(f"MLP {'-'.join(map(str, sizes))}, {trainer.describe()}")
+    say(f"{title_of(network)}, {trainer.describe()}")
     store = trainer.store_for(train_set)
     if store is not None:
         say(store_line(*store))
@@ -373,7 +424,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     other = None
     if compare and result.status == "completed":
         say("the same network by backpropagation:")
-        other = make_trainer(options, sizes, "bp", None, in_windows=False)
+        other = make_trainer(options, network, "bp", None, in_windows=False)
         fit(other, options, data)
     summary = finish(folder, trainer, data, result, began, other)
     if diagnostics is not None:

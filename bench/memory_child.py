@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
+from f3triton.network_budget import SavedTensors
 
 METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
 CLASSES = 10
@@ -38,39 +39,6 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-class SavedTensors:
-    """Bytes that autograd keeps for the way back: the most at one time, every storage counted once, parameters not."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.holders: dict[int, int] = {}  # by storage
-        self.live = self.most = 0
-
-    def pack(self, tensor: Tensor) -> object:
-        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else _Held(tensor, self)
-
-    @staticmethod
-    def unpack(kept: object) -> Tensor:
-        return kept.tensor if isinstance(kept, _Held) else kept
-
-    def change(self, tensor: Tensor, by: int) -> None:
-        storage = tensor.untyped_storage()
-        holders = self.holders.get(storage.data_ptr(), 0)
-        if holders + by == (1 if by > 0 else 0):  # the first holder came, or the last one left
-            self.live += by * storage.nbytes()
-            self.most = max(self.most, self.live)
-        self.holders[storage.data_ptr()] = holders + by
-
-
-class _Held:
-    def __init__(self, tensor: Tensor, count: SavedTensors) -> None:
-        self.tensor, self.count = tensor, count
-        count.change(tensor, 1)
-
-    def __del__(self) -> None:
-        self.count.change(self.tensor, -1)
 
 
 def build(kind: str, depth: int, width: int, sequence: int) -> tuple[f3.Sequential, tuple[int, ...]]:

@@ -39,8 +39,7 @@ def run(recipe: str, name: str, seed: int, source: str, data: dict, extra: list[
         data[key] = train.load_data(options)
         options.seed = seed
     train_set = data[key][0]
-    sizes = [train_set.in_features, *options.hidden, train_set.outputs]
-    trainer = train.make_trainer(options, sizes, options.method, options.signal)
+    trainer = train.make_trainer(options, train.network_of(options, train_set), options.method, options.signal)
     found = train.fit(trainer, options, data[key])
     figure = "test_error" if train_set.task == "classification" else "test_mse"
     values = [record[figure] for record in found.history]

@@ -15,9 +15,9 @@ from .signals import Signal
 
 @dataclass(frozen=True)
 class Budget:
-    """The needs of an MLP's training. `flops` are those of one step's matrix products, `memory` bytes by purpose."""
+    """The needs of a network's training. `flops` are those of one step's products, `memory` bytes by purpose."""
 
-    layers: list[tuple[int, int]]  # (inputs, outputs)
+    layers: list[str]  # a table for people, a line a layer
     parameters: int
     flops: int
     memory: dict[str, int]
@@ -72,8 +72,10 @@ def mlp_budget(
     weight, state, product = types.parameters.itemsize, types.working.itemsize, (types.products or types.working).itemsize
     if error_bytes is None:
         error_bytes = samples * classes * state if signal is not None and signal.delayed else 0
+    table = ["layer    inputs  outputs   parameters"]
+    table += [f"{number:5d} {k:9,d} {n:8,d} {k * n + n:12,d}" for number, (k, n) in enumerate(layers, 1)]
     return Budget(
-        layers,
+        table,
         parameters,
         flops,
         {
@@ -98,9 +100,6 @@ def readable_bytes(count: float) -> str:
 
 def describe(budget: Budget) -> list[str]:
     """The budget as lines for people."""
-    lines = ["layer    inputs  outputs   parameters"]
-    for number, (k, n) in enumerate(budget.layers, 1):
-        lines.append(f"{number:5d} {k:9,d} {n:8,d} {k * n + n:12,d}")
-    lines += [f"parameters {budget.parameters:,}", f"FLOPs a step {budget.flops:,}", "memory"]
+    lines = [*budget.layers, f"parameters {budget.parameters:,}", f"FLOPs a step {budget.flops:,}", "memory"]
     lines += [f"  {name:12s} {readable_bytes(count):>12s}" for name, count in budget.memory.items()]
     return [*lines, f"  {'total':12s} {readable_bytes(budget.total_bytes):>12s}"]

@@ -42,9 +42,9 @@ def resolve_precision(word: str, device: torch.device, method: str) -> Precision
     if word == "tf32" and device.type != "cuda":
         allowed = ", ".join(name for name in PRECISIONS if name != "tf32")
         raise InputError(f"precision 'tf32' needs a CUDA device, got {device.type!r}; allowed there: {allowed}")
-    if method == "bp" and word in ("float16", "bfloat16-weights"):
+    if (word, method) in (("float16", "bp"), ("float16", "fa"), ("bfloat16-weights", "bp")):
         lacks = "a scaled loss" if word == "float16" else "stochastic rounding"
-        raise InputError(f"precision {word!r} needs {lacks}, which method 'bp' has not; use 'bfloat16', or another method")
+        raise InputError(f"precision {word!r} needs {lacks}, which method {method!r} has not; use 'bfloat16'")
     return next(precision for precision in _ALL if precision.word == word)
 
 

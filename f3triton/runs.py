@@ -18,7 +18,7 @@ from torch import nn
 from .curves import Curve, draw_curves
 from .exceptions import InputError
 from .layers import Sequential
-from .models import MLP
+from .models.build import build
 
 FORMAT = 1
 _NAMES = ("config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png")
@@ -141,13 +141,9 @@ def read_json(folder: Path, name: str) -> dict:
 
 
 def build_network(config: dict) -> Sequential:
-    """The network described by `MLP.config`. Raises InputError for a description that is not of that form."""
-    sizes = config.get("sizes")
-    fits = config.get("model") == "mlp" and isinstance(sizes, list) and all(isinstance(s, int) and s > 0 for s in sizes)
-    if not fits or not isinstance(config.get("bias"), bool):
-        raise InputError(f"the run's network {config!r} cannot be built; known: model 'mlp' with sizes, activation and bias")
+    """The network of a description (see `models.build`), its tensors without memory. Raises InputError."""
     with torch.device("meta"):
-        return MLP(sizes, config.get("activation"), bias=config["bias"])
+        return build(config)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -8,14 +8,15 @@ from .exceptions import InputError
 from .kernels.reference import LINKS, LOSSES, SOURCES
 from .words import check_word
 
-METHODS = ("f3", "drtp", "dfa", "sdfa", "bp", "last-layer")
+METHODS = ("f3", "drtp", "dfa", "sdfa", "fa", "bp", "last-layer")
 
-# The signal that each method stands for; `bp` has none, and `f3` takes any.
+# The signal that each method stands for; `bp` and `fa`, which go backward, have none, and `f3` takes any.
 METHOD_SIGNALS = {
     "f3": "delayed-error",
     "drtp": "target",
     "dfa": "current-error",
     "sdfa": "current-error-sign",
+    "fa": None,
     "bp": None,
     "last-layer": "none",
 }
@@ -56,7 +57,7 @@ class Signal:
 
 
 def resolve_signal(method: str, source: str | None, link: str = "auto", mask: bool = False) -> Signal | None:
-    """The signal of a method; None for backpropagation.
+    """The signal of a method; None for backpropagation and feedback alignment.
 
     `f3` takes any source; every other method has one of its own, and naming another is an InputError.
     """
@@ -65,7 +66,7 @@ def resolve_signal(method: str, source: str | None, link: str = "auto", mask: bo
     if source is not None:
         source = check_word("signal", source, SOURCES)
         if method != "f3" and source != own:
-            has = "no signal (its hidden layers get the exact gradient)" if own is None else f"the signal {own!r}"
+            has = "no signal (its error goes backward)" if own is None else f"the signal {own!r}"
             raise InputError(f"method {method!r} has {has}, got signal {source!r}; use method 'f3' to choose the signal")
     if own is None:
         return None

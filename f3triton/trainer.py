@@ -15,11 +15,12 @@ from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evalu
 from .errors import Codec, ErrorStore, Rows, make_codec, make_store, pick_home
 from .errors.codecs import check_error_dtype
 from .exceptions import InputError
+from .feedback_alignment import FeedbackAlignmentLearner, require_linear
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
 from .layers import Linear, Sequential, autocast
 from .precision import matmul_precision, resolve_precision
-from .rules import make_rule
+from .rules import Updater, make_rule
 from .schedules import make_schedule
 from .seeds import check_seed, derived_seed, sample_order
 from .signals import resolve_loss, resolve_signal
@@ -63,7 +64,7 @@ class Trainer:
     """Trains a `Sequential` of stages, by F3 or one of its peers.
 
     - `loss`: auto, bce, cross-entropy, mse; `optimizer`: a word or a rule such as `Adam(lr=5e-4)`
-    - `method`: f3, drtp, dfa, sdfa, bp, last-layer; `signal`, `link`, `mask_target`: see `signals.Signal`
+    - `method`: f3, drtp, dfa, sdfa, fa (feedback alignment), bp, last-layer; `signal`, `link`, `mask_target`: see `Signal`
     - `hidden_scale`: a factor on the hidden layers' gradient, which is summed over the batch; `mean` divides by the batch
     - `lr_schedule`: constant, cosine, linear, after `warmup_steps`; cosine, the default, removes much of what a stale
       error costs, but the schedule needs to know the run's length: `fit` takes `epochs`
@@ -173,10 +174,15 @@ class Trainer:
         self.model.train()
         view = self._view(train)
         store = self._make_store(train, view or train)
-        self.learner = make_learner(
-            self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
-            self.compute_dtype, derived_seed(self.seed, "rounding"), store,
-        )  # fmt: skip
+        rounding = derived_seed(self.seed, "rounding")
+        if self.method == "fa":
+            updater = Updater(self.rule, list(self.model.parameters()), self.ops, self.device, self.compute_dtype, rounding)
+            self.learner = FeedbackAlignmentLearner(self.model, train, updater, loss, self.seed)
+        else:
+            self.learner = make_learner(
+                self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
+                self.compute_dtype, rounding, store,
+            )  # fmt: skip
         if self.cuda_graph != "off":
             graphed = isinstance(self.learner, F3Learner) and self.learner.use_graph(self.batch_size)
             if self.cuda_graph == "on" and not graphed:
@@ -237,6 +243,8 @@ class Trainer:
         make_schedule(self.lr_schedule, self.rule.lr, steps, self.warmup_steps)
         if self.signal is not None and self.signal.mask and train.task != "classification":
             raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
+        if self.method == "fa":
+            require_linear(self.model)
         last = self.model.stages[-1]
         if isinstance(last, Linear) and last.activation != "identity":
             raise InputError(

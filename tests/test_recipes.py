@@ -63,7 +63,7 @@ def test_every_run_is_made_of_options_that_exist(name: str) -> None:
             allowed = options[key].choices
             assert allowed is None or value in allowed, f"{run}: {key} = {value!r}"
         parsed = train.parse(["--recipe", f"{name}/{run}" if run else name])
-        assert all(isinstance(size, int) for size in parsed.hidden)
+        assert all(isinstance(size, int) for size in parsed.hidden or [])
     assert train.parse(["--recipe", name, "--lr", "0.5"]).lr == 0.5
 
 

@@ -207,7 +207,7 @@ def test_options_reach_the_trainer(tmp_path: Path) -> None:
         (["--test-fraction", "1.5"], "test_fraction (--test-fraction) is 1.5"),
         (["--hidden", "100000000000"], "not enough memory"),
         (["--device", "meta"], "device 'meta' cannot be used"),
-        (["--method", "bp", "--mask-target"], "--mask-target has no effect with backpropagation"),
+        (["--method", "bp", "--mask-target"], "--mask-target has no effect with the method 'bp'"),
         (["--method", "last-layer", "--feedback=kaiming"], "--feedback has no effect with the signal 'none'"),
         (["--method", "drtp", "--link", "softmax"], "--link has no effect with the signal 'target'"),
         (["--warmup-steps", "-1"], "warmup steps must be between 0 and"),
@@ -240,9 +240,7 @@ def test_bad_options(
         ("a,y\n1,0.5\n2,0.1\n2,0.7\n3,0.2\n", ["--loss", "bce"], "loss 'bce' needs classes, but the task is regression"),
     ],
 )
-def test_bad_tables(
-    content: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_tables(content: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "table.csv"
     path.write_text(content)
     assert message in fails(capsys, "--dataset", path, "--output-dir", tmp_path / "run", *options)
@@ -326,5 +324,59 @@ def test_help_is_grouped_and_shows_defaults() -> None:
     text = train.make_parser().format_help()
     for group in ("data:", "model:", "method:", "training:", "run:"):
         assert f"\n{group}" in text
-    assert "(default: tanh)" in text
+    assert "default: tanh" in text
     assert "(default: None)" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "vit", "--patch-size", "4", "--depth", "2", "--dim", "8", "--heads", "2", "--position-embedding"],
+        [
+            "--model",
+            "vit",
+            "--patch-size",
+            "4",
+            "--granularity",
+            "layer",
+            "--embedding",
+            "patch",
+            "--pool",
+            "mean",
+            "--no-norm",
+        ],
+        ["--model", "convnet", "--channels", "4", "6", "--kernel-size", "3", "--hidden", "20", "--feedback-shape", "shared"],
+        ["--method", "fa", "--hidden", "20x2"],
+    ],
+)
+def test_other_networks_and_back_again(arguments: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    common = ["--epochs", "2", "--max-train-samples", "200", "--quiet", "--output-dir", str(run_dir)]
+    assert train.main([*arguments, *common]) == 0
+    assert train.main(["--evaluate", str(run_dir)]) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    _, test = f3.load_dataset("digits")
+    assert f3.load(run_dir)(test.inputs[:5].view(5, 1, 8, 8)).shape == (5, 10)
+    assert summary["parameters"] == sum(p.numel() for p in f3.load(run_dir).parameters())
+
+
+@pytest.mark.parametrize("model", ["vit --patch-size 4", "vit --patch-size 4 --granularity layer", "convnet", "mlp"])
+def test_dry_run_of_every_network(model: str, capsys: pytest.CaptureFixture) -> None:
+    for method in ("f3", "bp", "dfa"):
+        assert train.main(["--model", *model.split(), "--method", method, "--dry-run"]) == 0
+    assert "activations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit"], "patches of 7 pixels do not divide an image of 8x8"),
+        (["--model", "vit", "--patch-size", "4", "--heads", "7"], "7 heads do not divide the dimension 32"),
+        (["--model", "vit", "--hidden", "5"], "--hidden has no effect with --model vit; it belongs to mlp, convnet"),
+        (["--model", "convnet", "--kernel-size", "4"], "kernel size of a ConvNet must be an odd whole number, got 4"),
+        (["--model", "convnet", "--channels", "4", "4", "4", "4"], "an image of 8x8 is too small for 4 poolings"),
+        (["--model", "convnet", "--method", "fa"], "method 'fa' needs a sequence of Linear stages, stage 0 is a Block"),
+    ],
+)
+def test_networks_that_do_not_fit(arguments: list[str], message: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert message in fails(capsys, *arguments, "--output-dir", str(tmp_path / "run"))
