@@ -136,7 +136,7 @@ def make_parser() -> Parser:
     add("--feedback", default="trinomial", metavar="LAW", help=f"law of the feedback matrices: {', '.join(LAWS)}")
     add("--feedback-values", type=float, nargs="+", metavar="V", help="of discrete-uniform, cartesian-product; default: -1 0 1")
     add("--feedback-scale", type=number_or_word, default=1.0, metavar="S", help="factor: a number, ones, zeros or 1/C")
-    add("--feedback-shape", choices=FEEDBACK_SHAPES, help="vit, convnet: tokens or pixels have own columns, or share")
+    add("--feedback-shape", choices=FEEDBACK_SHAPES, help="tokens or pixels have own columns or share; generated: not stored")
     add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
 
     add = parser.add_argument_group("training").add_argument
@@ -350,7 +350,9 @@ def dry_budget(
         error_bytes, line = rows * codec.row_bytes, store_line(home, rows, codec)
     batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
     if options.model == "mlp":
-        return mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes), line
+        budget = mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes)
+        budget.memory["feedback"] *= not network["feedback_shape"].endswith("generated")
+        return budget, line
     shape = data[0].preprocessing.shape
     return network_budget(shapes, shape, data[0].outputs, batch, rule, signal, types, data_bytes, error_bytes), line
 

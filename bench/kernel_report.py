@@ -49,10 +49,11 @@ class Case:
     dtype: str
     size: tuple[int, int, int, int]
     moments: int = 2  # of the rule: SGD, SGD with momentum, Adam
+    generated: int = 0  # the kind of entries of a feedback matrix that the kernel makes
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {'x'.join(map(str, self.tile.blocks))}"
+        return f"{self.kernel} {'x'.join(map(str, self.tile.blocks))}" + " generated" * (self.generated > 0)
 
 
 def cases() -> list[Case]:
@@ -67,6 +68,9 @@ def cases() -> list[Case]:
         found += [Case("update", tiles.UPDATE[name], "bf16", (4096, 4096, 4096, 16), moments)]
     for rows, tile in tiles.STEP.items():
         found += [Case("step_small", tile, dtype, (rows, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
+    found += [Case("step_small", tiles.STEP[64], dtype, (64, 4096, 4096, 16), generated=1) for dtype in ("fp32", "bf16")]
+    found += [Case("forward", tiles.FORWARD["medium"], "fp32", (128, 1024, 1024, 16), generated=1)]
+    found += [Case("forward", tiles.FORWARD["large"], "bf16", (4096, 4096, 4096, 16), generated=1)]
     found += [Case("output", tiles.Tile((64, 16), 4, 3), "fp32", (4096, 1, 1, 16))]
     found += [Case("output", tiles.Tile((1, 1024), 4, 3), "fp32", (4096, 1, 1, 1024))]
     found += [Case("update_elements", tiles.Tile((tiles.ELEMENTWISE,), 4, 3), "fp32", (1, 4096, 4096, 1))]
@@ -88,12 +92,13 @@ def constants(case: Case) -> dict[str, object]:
         return rule | {"STOCHASTIC": False, "BLOCK": case.tile.blocks[0]}
     if case.kernel == "forward":
         sizes = dict(zip(("ROWS", "OUTPUTS", "INPUTS"), blocks, strict=True))
-        sizes |= {"WIDTH": 16, "ACTIVATION": 1, "HAS_ERROR": True}
+        sizes |= {"WIDTH": 16, "ACTIVATION": 1, "HAS_ERROR": True, "GENERATED": case.generated}
         return product | sizes | {"x_k": 1, "weight_k": 1, "error_c": 1, "feedback_n": 1}
     if case.kernel == "update":
         sizes = dict(zip(("OUTPUTS", "INPUTS", "ROWS"), blocks, strict=True)) | {"KEEP_GRADIENT": False}
         return product | rule | sizes | {"delta_n": 1, "x_k": 1}
     sizes = {"OUTPUTS": blocks[0], "INPUTS": blocks[1], "ROWS": case.size[0], "WIDTH": 16, "ACTIVATION": 1}
+    sizes["GENERATED"] = case.generated
     return product | rule | sizes | {"x_k": 1, "error_c": 1, "feedback_n": 1}
 
 
@@ -113,7 +118,7 @@ def compile_case(case: Case, target: GPUTarget, ones: bool = False) -> CompiledK
             signature[name] = "constexpr"
         elif name in numbers:
             signature[name] = "fp32"
-        elif name in {"seed", "bias_seed"}:
+        elif name in {"seed", "bias_seed", "feedback_seed"}:
             signature[name] = "i32"
         elif name in {"correct", "index"}:
             signature[name] = {"correct": "*i32", "index": "*i64"}[name]

@@ -48,8 +48,8 @@ def build(kind: str, depth: int, width: int, sequence: int) -> tuple[f3.Sequenti
     side = math.isqrt(sequence)  # patches of 4 x 4 pixels
     heads = max(1, width // 64)
     model = f3.models.ViT(
-        4 * side, 4 * side, 1, CLASSES, patch_size=4, depth=depth, heads=heads, dim=width, head_dim=width // heads,
-        mlp_width=4 * width,
+        4 * side, 1, CLASSES, patch_size=4, depth=depth, heads=heads, dim=width, mlp_width=4 * width, activation="gelu",
+        embedding="patch", positions=True, pool="mean", feedback_shape="shared",
     )  # fmt: skip
     return model, (1, 4 * side, 4 * side)
 

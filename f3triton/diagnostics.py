@@ -100,7 +100,7 @@ class Diagnostics:
         }
         if self.train.task == "classification" and len(h) >= 4:
             figures["separability"] = separability(h.flatten(1), target)
-        if position == len(twin.stages) - 1 or error is None or stage.feedback_matrix is None:
+        if position == len(twin.stages) - 1 or error is None or stage.feedback is None:
             return figures
         signal = stage.signal(error, h)  # e B in the output's shape
         own = _own_gradient(stage, features[position], signal)
@@ -111,7 +111,8 @@ class Diagnostics:
             product = behind[-1].weight.detach()
             for layer in reversed(behind[:-1]):
                 product = product @ layer.weight.detach()
-            figures["weights_angle"] = angle(-stage.feedback_matrix.to(product.dtype).flatten(), product.flatten())
+            matrix = stage.feedback if stage.generated is None else stage.generated.dense(product.device)
+            figures["weights_angle"] = angle(-matrix.to(product.dtype).flatten(), product.flatten())
         return figures
 
     def _warn(self, found: Record, learner: object) -> None:

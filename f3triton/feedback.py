@@ -10,6 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .exceptions import InputError
+from .kernels.generated import GeneratedFeedback
 from .words import check_word
 
 LAWS = (
@@ -75,6 +76,18 @@ class Feedback:
         generator = torch.Generator().manual_seed(seed)
         scale = {"ones": 1.0, "zeros": 0.0, "1/C": 1 / outputs}.get(self.scale, self.scale)
         return (self._unscaled(outputs, features, generator) * scale).contiguous()
+
+    def generated(self, outputs: int, features: int, seed: int) -> GeneratedFeedback:
+        """`B [outputs, features]` by the same law, of which nothing is stored: other entries than `draw` gives.
+
+        Raises InputError for a law whose entries are not independent.
+        """
+        kind = {"trinomial": "trinomial", "binomial": "binomial", "kaiming": "uniform"}.get(self.law)
+        if kind is None:
+            raise InputError(f"feedback {self.law!r} cannot be generated; kaiming, trinomial and binomial can")
+        scale = {"ones": 1.0, "zeros": 0.0, "1/C": 1 / outputs}.get(self.scale, self.scale)
+        amplitude = scale / math.sqrt(features) if self.law == "kaiming" else scale
+        return GeneratedFeedback(kind, outputs, features, seed & 0x7FFFFFFF, amplitude)
 
     def _unscaled(self, outputs: int, features: int, generator: torch.Generator) -> Tensor:
         values = torch.tensor(_VALUES.get(self.law) or self.values or _VALUES["trinomial"])

@@ -17,6 +17,7 @@ from . import modes
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import eager
+from .kernels.generated import GeneratedFeedback
 from .kernels.reference import ACTIVATIONS
 from .rules import Updater
 from .seeds import derived_seed
@@ -33,7 +34,12 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-FEEDBACK_SHAPES = ("full", "shared")
+FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
+
+
+def not_shared(feedback_shape: str) -> str:
+    """The feedback shape of a stage whose outputs are no tokens or pixels: stored or not, as in the others."""
+    return "generated" if feedback_shape.endswith("generated") else "full"
 
 
 class Stage(nn.Module):
@@ -42,12 +48,14 @@ class Stage(nn.Module):
     `feedback` is a law (a word or a `Feedback`) or the matrix itself; `feedback_matrix` is the drawn one, `[C, units]`. With
     `feedback_shape` `full`, `units` are all elements of a sample's output; with `shared` the features of one token (the last of
     `[M, tokens, features]`, or the channels of `[M, channels, height, width]`), and all tokens or pixels share the matrix.
+    `generated` and `shared-generated` are the same with a matrix that is not stored: its entries come from a hash.
     """
 
     def __init__(self, feedback: str | Feedback | Tensor, feedback_shape: str = "full") -> None:
         super().__init__()
         self.feedback_shape = check_word("feedback shape", feedback_shape, FEEDBACK_SHAPES)
         self.register_buffer("feedback_matrix", None, persistent=False)
+        self.generated: GeneratedFeedback | None = None  # instead of the matrix
         self.output_shape: torch.Size | None = None  # of a sample, known after `prepare`
         if isinstance(feedback, Tensor):
             self.feedback_law = None
@@ -72,10 +80,15 @@ class Stage(nn.Module):
         self.output_shape = h.shape[1:]
         if seed is not None:
             units = self.output_shape.numel()
-            if self.feedback_shape == "shared":
+            if self.feedback_shape.startswith("shared"):
                 units = self.output_shape[0 if len(self.output_shape) == 3 else -1]
             self.draw_feedback(outputs, units, seed)
         return h
+
+    @property
+    def feedback(self) -> Tensor | GeneratedFeedback | None:
+        """The feedback matrix, stored or not."""
+        return self.feedback_matrix if self.generated is None else self.generated
 
     def check_shape(self, h: Tensor) -> None:
         """Raise InputError where the output of a batch is not of the shape that it was prepared for."""
@@ -91,7 +104,11 @@ class Stage(nn.Module):
         Raises InputError where the matrix or the law does not fit.
         """
         like = next(self.parameters(), torch.empty(0))
-        if self.feedback_law is not None:
+        if self.feedback_shape.endswith("generated"):
+            if self.feedback_law is None:
+                raise InputError("a feedback matrix that is given cannot be generated; give a law, or another feedback shape")
+            self.generated = self.feedback_law.generated(outputs, units, seed)
+        elif self.feedback_law is not None:
             self.feedback_matrix = self.feedback_law.draw(outputs, units, seed).to(like)
         elif self.feedback_matrix.shape != (outputs, units):
             shape = list(self.feedback_matrix.shape)
@@ -103,13 +120,15 @@ class Stage(nn.Module):
 
     def signal(self, error: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
         """`scale (e B)` in the shape of the output `h`, from `error`: a row for each sample, or for each of its tokens."""
-        matrix, tokens = self.feedback_matrix, h.numel() // len(error)  # what one error row has to teach
+        matrix, tokens = self.feedback, h.numel() // len(error)  # what one error row has to teach
         units = matrix.shape[1]
         if units == tokens:
             return eager.project(error, matrix, scale, h.dtype).view(h.shape)
         if len(error) == len(h):  # shared: one error a sample, for each of its tokens or pixels
             signal = eager.project(error, matrix, scale, h.dtype)  # [M, features]
             return (signal[:, :, None, None] if h.dim() == 4 else signal[:, None]).expand_as(h)
+        if isinstance(matrix, GeneratedFeedback):
+            matrix = matrix.dense(h.device)  # for the time being: a matrix for each position
         by_position = rearrange(matrix.to(h.dtype), "c (t d) -> t c d", t=len(error) // len(h))
         errors = rearrange(error.to(h.dtype), "(m t) c -> t m c", m=len(h))
         return rearrange(errors @ by_position, "t m d -> m t d") * scale
@@ -172,7 +191,7 @@ class Linear(Stage):
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         u = updater
         shape = x.shape[:-1]
-        if self.feedback_matrix.shape[1] != self.out_features or len(error) != shape.numel():
+        if self.feedback.shape[1] != self.out_features or len(error) != shape.numel():
             return super().learn(x, error, updater, scale)
         if u.compute_dtype is not None:
             x = x.to(u.compute_dtype)
@@ -181,7 +200,7 @@ class Linear(Stage):
             self.weight,
             self.bias,
             error,
-            self.feedback_matrix,
+            self.feedback,
             u.rule,
             u.moments(self.weight),
             u.moments(self.bias),

@@ -97,7 +97,7 @@ def network_budget(
             flops += forward  # a weight gradient costs what the forward product does
         if not last and signal is not None and signal.source != "none":
             units = feedback_units(stage, h)
-            feedback += classes * units
+            feedback += 0 if stored_nowhere(stage) else classes * units
             flops += 2 * batch * positions * classes * units
         sizes.append(saved.most + x.nbytes + h.nbytes)
         count = sum(p.numel() for p in stage.parameters())
@@ -136,5 +136,11 @@ def feedback_units(stage: Stage, h: Tensor) -> int:
     if isinstance(stage, Layers):
         tokens = h.shape[1] if h.dim() == 3 else 1
         inside = [layer for layer in stage.modules() if isinstance(layer, Linear | LayerNorm)]
-        return sum(layer.weight.shape[0] * (tokens if layer.feedback_shape == "full" else 1) for layer in inside)
-    return h.shape[1:].numel() if stage.feedback_shape == "full" else h.shape[1 if h.dim() == 4 else -1]
+        return sum(layer.weight.shape[0] * (1 if layer.feedback_shape.startswith("shared") else tokens) for layer in inside)
+    return h.shape[1 if h.dim() == 4 else -1] if stage.feedback_shape.startswith("shared") else h.shape[1:].numel()
+
+
+def stored_nowhere(stage: Stage) -> bool:
+    """Whether the stage's feedback is generated."""
+    inside = [s for s in stage.modules() if isinstance(s, Stage) and s is not stage] if isinstance(stage, Layers) else [stage]
+    return all(s.feedback_shape.endswith("generated") for s in inside)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .generated import GeneratedFeedback
 from .rounding import BIAS_SEED, round_stochastic
 from .rules import SGD, Moments, Rule
 
@@ -88,10 +89,12 @@ def linear_keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str)
     return activate(_pre_activation(x, weight, bias), activation)
 
 
-def project(error: Tensor, feedback: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def project(error: Tensor, feedback: Tensor | GeneratedFeedback, scale: float, dtype: torch.dtype) -> Tensor:
     """`scale e B  [M, N]` in the given type."""
     if error.dtype != dtype:
         error = error.to(dtype)
+    if isinstance(feedback, GeneratedFeedback):
+        return feedback.project(error).mul_(scale)
     signal = error @ (feedback if feedback.dtype == dtype else feedback.to(dtype))
     return signal if scale == 1.0 else signal.mul_(scale)
 
@@ -102,7 +105,7 @@ def linear_forward(
     bias: Tensor | None = None,
     activation: str = "identity",
     error: Tensor | None = None,
-    feedback: Tensor | None = None,
+    feedback: Tensor | GeneratedFeedback | None = None,
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `reference.linear_forward`."""
@@ -249,7 +252,7 @@ def linear_step_(
     weight: Tensor,
     bias: Tensor | None,
     error: Tensor,
-    feedback: Tensor,
+    feedback: Tensor | GeneratedFeedback,
     rule: Rule,
     weight_moments: Moments,
     bias_moments: Moments,

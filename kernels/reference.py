@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .generated import GeneratedFeedback
 from .rounding import BIAS_SEED, round_stochastic
 from .rules import SGD, Moments, Rule
 
@@ -67,7 +68,7 @@ def linear_forward(
     bias: Tensor | None = None,  # [N]
     activation: str = "identity",
     error: Tensor | None = None,  # [M, C]
-    feedback: Tensor | None = None,  # [C, N]
+    feedback: Tensor | GeneratedFeedback | None = None,  # [C, N]
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`h = phi(x W^T + b)  [M, N]`; with an error and its feedback also `delta = scale (e B) * phi'(a)  [M, N]`.
@@ -80,6 +81,8 @@ def linear_forward(
     h = activate(a, activation)
     if error is None:
         return h
+    if isinstance(feedback, GeneratedFeedback):
+        feedback = feedback.dense(error.device)
     delta = scale * (error @ feedback.to(error.dtype)) * activation_slope(a, activation)
     return h, delta
 
@@ -159,7 +162,7 @@ def linear_step_(
     weight: Tensor,  # [N, K], changed
     bias: Tensor | None,  # [N], changed
     error: Tensor,  # [M, C]
-    feedback: Tensor,  # [C, N]
+    feedback: Tensor | GeneratedFeedback,  # [C, N]
     rule: Rule,
     weight_moments: Moments,  # changed
     bias_moments: Moments,  # changed

@@ -13,7 +13,7 @@ lies outside may be NaN. Nothing here is tuned by running it: see `tiles`.
 import triton
 import triton.language as tl
 
-from .triton_math import activate, apply_rule, round_stochastic, scalar, times_slope
+from .triton_math import activate, apply_rule, random_bits, round_stochastic, scalar, times_slope
 
 
 @triton.jit
@@ -32,12 +32,25 @@ def _store(parameter, shadow, first, offset, inside, new, seed, step, SHADOW: tl
 
 
 @triton.jit
-def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c, feedback_n,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+def _generated(c, n, units, seed, KIND: tl.constexpr):
+    """Entries `[len(c), len(n)]` of a feedback matrix that is not stored: as `generated.GeneratedFeedback.columns`."""
+    bits = random_bits(c[:, None].to(tl.int64) * units + n[None, :], seed, 0.0)
+    if KIND == 1:
+        b = (bits % 3).to(tl.float32) - 1.0
+    elif KIND == 2:
+        b = (bits & 1).to(tl.float32)
+    else:
+        b = (bits >> 8).to(tl.float32) / 8388608.0 - 1.0
+    return b
+
+
+@triton.jit
+def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c, feedback_n, first_column, units, seed,
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr, DTYPE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """`e B` of a tile `[ROWS, COLUMNS]`, of which `rows` and `columns` are left; both pointers are at its corner.
 
-    The error's columns are gone through `WIDTH` at a time.
+    The error's columns are gone through `WIDTH` at a time. With GENERATED, the kind of its entries, `B` is not read but made.
     """
     signal = tl.zeros((ROWS, COLUMNS), tl.float32)
     m, n, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
@@ -45,10 +58,13 @@ def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c
     b_offset = c[:, None] * feedback_c + n[None, :] * feedback_n
     for start in range(0, width, WIDTH):
         e = _load(error + e_offset, (m < rows)[:, None] & (c < width - start)[None, :], DTYPE)
-        b = _load(feedback + b_offset, (c < width - start)[:, None] & (n < columns)[None, :], DTYPE)
+        if GENERATED != 0:
+            b = _generated(start + c, first_column + n, units, seed, GENERATED).to(DTYPE)  # outside, e is zero
+        else:
+            b = _load(feedback + b_offset, (c < width - start)[:, None] & (n < columns)[None, :], DTYPE)
+            feedback += WIDTH * feedback_c
         signal = tl.dot(e, b, signal, input_precision=PRECISION)
         error += WIDTH * error_c
-        feedback += WIDTH * feedback_c
     return signal
 
 
@@ -62,14 +78,14 @@ def _place(blocks_a, blocks_b, GROUP: tl.constexpr):
     return (first + within % size).to(tl.int64), (within // size).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["feedback_seed"])
 def forward(
-    x, weight, bias, h, delta, error, feedback, scale,
+    x, weight, bias, h, delta, error, feedback, scale, feedback_seed,
     rows, outputs, inputs, width,
     x_m, x_k, weight_n, weight_k, error_m, error_c, feedback_c, feedback_n,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ERROR: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
 ):  # fmt: skip
     """`h = phi(x W^T + b)  [rows, outputs]` and, with an error, `delta = scale (e B) * phi'(a)`, both contiguous."""
     block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8)
@@ -94,7 +110,8 @@ def forward(
     tl.store(h + first + offset, out.to(h.dtype.element_ty), mask=inside)
     if HAS_ERROR:
         signal = _project(error + m0 * error_m, feedback + n0 * feedback_n, rows - m0, outputs - n0, width,
-                          error_m, error_c, feedback_c, feedback_n, ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
+                          error_m, error_c, feedback_c, feedback_n, n0, outputs, feedback_seed,
+                          ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
         signal = times_slope(scale * signal, a, out, ACTIVATION)
         tl.store(delta + first + offset, signal.to(delta.dtype.element_ty), mask=inside)
 
@@ -156,16 +173,16 @@ def update(
             _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["seed", "bias_seed"])
+@triton.jit(do_not_specialize=["seed", "bias_seed", "feedback_seed"])
 def step_small(
-    x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, shadow, scale,
+    x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, shadow, scale, feedback_seed,
     lr, step, log_beta1, log_beta2, seed, bias_seed,
     rows, outputs, inputs, width, x_m, x_k, error_m, error_c, feedback_c, feedback_n,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
 ):  # fmt: skip
     """A hidden layer's whole visit for a batch of at most ROWS: this program's rows of W are read, used, updated.
 
@@ -193,7 +210,7 @@ def step_small(
     inside_h = (m < rows)[:, None] & own[None, :]
     tl.store(h + n0 + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
     signal = _project(error, feedback + n0 * feedback_n, rows, outputs - n0, width, error_m, error_c, feedback_c, feedback_n,
-                      ROWS, OUTPUTS, WIDTH, DTYPE, PRECISION)  # fmt: skip
+                      n0, outputs, feedback_seed, ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
     # Rows beyond the batch have no error, and so no part in the gradient.
     delta = tl.where(inside_h, times_slope(scale * signal, a, out, ACTIVATION), 0.0).to(DTYPE)
     rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import eager, tiles, triton_output
 from . import triton_linear as kernels
+from .generated import KINDS, GeneratedFeedback
 from .rounding import BIAS_SEED
 from .rules import SGD, Moments, Rule
 from .triton_math import ACTIVATION, ADAM, ADAMW
@@ -104,13 +105,20 @@ def _two(moments: Moments, instead: Tensor) -> tuple[Tensor, Tensor]:
     return (*moments, instead, instead)[:2]
 
 
+def _feedback(feedback: Tensor | GeneratedFeedback, error: Tensor, scale: float) -> tuple[Tensor, float, int, int]:
+    """(a pointer, the scale, the kind of entries or 0, the seed) for a matrix that is stored, or that the kernel makes."""
+    if isinstance(feedback, GeneratedFeedback):
+        return error, scale * feedback.amplitude, KINDS[feedback.kind], feedback.seed
+    return feedback, scale, 0, 0
+
+
 def linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str = "identity",
     error: Tensor | None = None,
-    feedback: Tensor | None = None,
+    feedback: Tensor | GeneratedFeedback | None = None,
     scale: float = 1.0,
     precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,15 +131,16 @@ def linear_forward(
     delta = h if error is None else torch.empty_like(h)
     if error is None:
         error = feedback = x  # not read
+    feedback, scale, kind, feedback_seed = _feedback(feedback, error, scale)
     tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device))
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
-        x, weight, weight if bias is None else bias, h, delta, error, feedback, float(scale),
+        x, weight, weight if bias is None else bias, h, delta, error, feedback, float(scale), feedback_seed,
         rows, outputs, inputs, error.shape[1],
         *x.stride(), *weight.stride(), *error.stride(), *feedback.stride(),
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h,
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=kind,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h if delta is h else (h, delta)
@@ -218,7 +227,7 @@ def linear_step_(
     weight: Tensor,
     bias: Tensor | None,
     error: Tensor,
-    feedback: Tensor,
+    feedback: Tensor | GeneratedFeedback,
     rule: Rule,
     weight_moments: Moments,
     bias_moments: Moments,
@@ -249,18 +258,19 @@ def linear_step_(
     _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     own = _rule_arguments(rule, lr, step)
+    feedback, scale, kind, feedback_seed = _feedback(feedback, error, scale)
     block_m, tile = tiles.step_tile(rows)
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
         x, weight, other, *_two(weight_moments, weight), *_two(bias_moments, other), h, error, feedback,
-        weight if shadow is None else shadow, float(scale),
+        weight if shadow is None else shadow, float(scale), feedback_seed,
         own["lr"], own["step"], own["log_beta1"], own["log_beta2"], *_seeds(seed),
         rows, outputs, inputs, error.shape[1], *x.stride(), *error.stride(), *feedback.stride(),
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(own),
         SHADOW=shadow is not None, STOCHASTIC=seed is not None and weight.dtype != torch.float32,
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=kind,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h

@@ -90,3 +90,54 @@ def test_a_law_that_does_not_fit_the_width() -> None:
         draw("cartesian-product", 10, 500)
     with pytest.raises(f3.InputError, match=r"3\^1000 units"):
         draw("cartesian-product", 1000, 500)
+
+
+@pytest.mark.parametrize("law", ["trinomial", "binomial", "kaiming"])
+def test_generated_entries_follow_their_law(law: str) -> None:
+    generated = f3.Feedback(law, scale=2.0).generated(10, 5000, seed=3)
+    matrix = generated.dense(torch.device("cpu"))
+    assert torch.equal(matrix, generated.dense(torch.device("cpu")))
+    assert not torch.equal(matrix, f3.Feedback(law, scale=2.0).generated(10, 5000, seed=4).dense(torch.device("cpu")))
+    if law == "kaiming":
+        bound = 2 / 5000**0.5
+        assert matrix.abs().max() <= bound
+        assert matrix.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert matrix.mean() == pytest.approx(0, abs=0.02 * bound)
+    else:
+        values = {"trinomial": [-2.0, 0.0, 2.0], "binomial": [0.0, 2.0]}[law]
+        shares = [float((matrix == value).double().mean()) for value in values]
+        assert shares == pytest.approx([1 / len(values)] * len(values), abs=0.01)
+    rows = torch.corrcoef(matrix)  # the rows have nothing to do with one another
+    assert (rows - torch.eye(10)).abs().max() < 0.07
+    error = torch.randn(7, 10, dtype=torch.float64)
+    assert torch.allclose(generated.project(error, chunk=999), error @ matrix.double(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["full", "shared"])
+def test_training_with_generated_feedback_equals_training_with_its_matrix(shape: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(60, 1, 8, 8, generator=generator), torch.arange(60) % 3
+
+    def run(kind: str, feedback: object = "trinomial") -> f3.models.ConvNet:
+        torch.manual_seed(0)
+        model = f3.models.ConvNet((1, 8, 8), 3, [4, 6], 3, [16], feedback=feedback, feedback_shape=kind)
+        for stage in model.stages[:-1]:
+            stage.feedback_shape = kind if stage is model[0] or kind.endswith("generated") else "full"
+        trainer = f3.Trainer(model, device="cpu", batch_size=20)
+        if kind == shape:
+            trainer.check((x, y), None, 1)
+            for own, other in zip(model.stages[:-1], made.stages[:-1], strict=True):
+                own.feedback_law, own.feedback_matrix = None, other.generated.dense(torch.device("cpu"))
+        trainer.fit((x, y), 3)
+        return model
+
+    made = run(f"{shape}-generated" if shape == "shared" else "generated")
+    assert all(stage.feedback_matrix is None for stage in made.stages)
+    stored = run(shape)
+    for one, other in zip(made.parameters(), stored.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_laws_that_cannot_be_generated() -> None:
+    with pytest.raises(f3.InputError, match="'identity-repeat' cannot be generated"):
+        f3.Feedback("identity-repeat").generated(3, 9, 0)

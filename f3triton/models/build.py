@@ -26,7 +26,7 @@ MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNe
 _TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width": 128, "dropout": 0.0, "granularity": "block"}
 _VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": True}
 OPTIONS: dict[str, dict[str, object]] = {
-    "mlp": {"hidden": [500]},
+    "mlp": {"hidden": [500], "feedback_shape": "full"},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
     "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full"},
 }
@@ -54,6 +54,7 @@ def describe(model: str, data: Dataset, given: Mapping[str, object], activation:
             "sizes": [data.in_features, *options["hidden"], data.outputs],
             "activation": "tanh",
             "bias": True,
+            "feedback_shape": options["feedback_shape"],
         } | act
     shape = data.preprocessing.shape
     if len(shape) != 3:

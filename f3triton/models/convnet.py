@@ -10,7 +10,7 @@ from ..block import Block
 from ..exceptions import InputError
 from ..feedback import Feedback
 from ..kernels.reference import ACTIVATIONS
-from ..layers import Linear, Sequential, activate
+from ..layers import Linear, Sequential, activate, not_shared
 from ..words import check_word
 
 
@@ -66,12 +66,16 @@ class ConvNet(Sequential):
         for number, count in enumerate(channels, 1):
             last = number == len(channels)
             stages.append(
-                Block(Convolution(shape, count, kernel_size, activation, last), feedback, "full" if last else feedback_shape)
+                Block(
+                    Convolution(shape, count, kernel_size, activation, last),
+                    feedback,
+                    not_shared(feedback_shape) if last else feedback_shape,
+                )
             )
             shape = count, shape[1] // 2, shape[2] // 2
         width = shape[0] * shape[1] * shape[2]
         for units in hidden:
-            stages.append(Linear(width, units, activation, feedback))
+            stages.append(Linear(width, units, activation, feedback, feedback_shape=not_shared(feedback_shape)))
             width = units
         super().__init__(*stages, Linear(width, classes))
 

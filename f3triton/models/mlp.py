@@ -25,6 +25,7 @@ class MLP(Sequential):
         activation: str = "tanh",
         feedback: str | Feedback | Sequence[str | Feedback | Tensor] = "trinomial",
         bias: bool = True,
+        feedback_shape: str = "full",
     ) -> None:
         sizes = list(sizes)
         if len(sizes) < 2:
@@ -35,11 +36,14 @@ class MLP(Sequential):
         laws = [feedback] * hidden if isinstance(feedback, str | Feedback) else list(feedback)
         if len(laws) != hidden:
             raise InputError(f"an MLP of {hidden} hidden layers needs {hidden} feedback laws or matrices, got {len(laws)}")
-        stages = [Linear(i, o, activation, law, bias) for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)]
+        stages = [
+            Linear(i, o, activation, law, bias, feedback_shape) for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)
+        ]
         super().__init__(*stages, Linear(sizes[-2], sizes[-1], bias=bias))
         self.sizes, self.activation = sizes, self.stages[0].activation if hidden else activation
-        self.bias = bias
+        self.bias, self.feedback_shape = bias, feedback_shape
 
     def config(self) -> dict[str, object]:
         """What `load` needs to build the same network again."""
-        return {"model": "mlp", "sizes": self.sizes, "activation": self.activation, "bias": self.bias}
+        settings = {"activation": self.activation, "bias": self.bias, "feedback_shape": self.feedback_shape}
+        return {"model": "mlp", "sizes": self.sizes, **settings}

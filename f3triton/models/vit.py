@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..block import Block
 from ..exceptions import InputError
 from ..feedback import Feedback
-from ..layers import Linear, Sequential
+from ..layers import Linear, Sequential, not_shared
 from ..rules import Updater
 from ..words import check_word
 from .transformer import TransformerBlock, as_stage
@@ -122,7 +122,7 @@ class ViT(Sequential):
         if granularity == "layer":  # the embedding's only layer gets its exact gradient from its own output: the same thing
             stages[0] = Block(first, laws[0], feedback_shape)
         width_in = first.tokens * dim if pool == "flatten" else dim
-        head = Readout(pool, width_in, width_in, activation, laws[-1])
+        head = Readout(pool, width_in, width_in, activation, laws[-1], feedback_shape=not_shared(feedback_shape))
         super().__init__(*stages, head, Linear(width_in, classes))
 
     def config(self) -> dict[str, object]:

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from f3triton.kernels import SGD, Adam, AdamW, eager, new_moments, reference
+from f3triton.kernels import SGD, Adam, AdamW, GeneratedFeedback, eager, new_moments, reference
 from f3triton.kernels import triton_ops as ops
 from f3triton.kernels.rounding import round_stochastic
 
@@ -72,6 +72,24 @@ def test_strides_and_int8_feedback() -> None:
     h, delta = ops.linear_forward(x, weight.t().contiguous().t(), bias, "tanh", error, feedback.to(DEVICE, torch.int8))
     close("h", h, wanted[0])
     close("delta", delta, wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["trinomial", "binomial", "uniform"])
+def test_feedback_made_in_the_kernel(kind: str) -> None:
+    for shape in SHAPES:
+        x, weight, bias, error, _ = case(*shape)
+        generated = GeneratedFeedback(kind, shape[3], shape[2], seed=12345, amplitude=0.3)
+        dense = generated.dense(torch.device("cpu")).double()
+        wanted = reference.linear_forward(x, weight, bias, "tanh", error, dense, 0.7)
+        arguments, single = on_device(x, weight, bias), error.to(DEVICE, torch.float32)
+        h, delta = ops.linear_forward(*arguments, "tanh", single, generated, 0.7)
+        close(f"h {shape}", h, wanted[0], 1e-5)
+        close(f"delta {shape}", delta, wanted[1], 1e-5)
+        rule = SGD(lr=0.02)
+        h = ops.linear_step_(*arguments, single, generated, rule, (), (), rule.lr, 1, "tanh", 0.7)
+        reference.linear_step_(x, weight, bias, error, dense, rule, (), (), rule.lr, 1, "tanh", 0.7)
+        close(f"h of the step {shape}", h, wanted[0], 1e-5)
+        close(f"weight {shape}", arguments[1], weight, 1e-5)
 
 
 def test_rows_outside_do_not_leak() -> None:
