@@ -9,7 +9,7 @@
 from . import kernels, models
 from .block import Block, Layers
 from .convert import convert
-from .data import Dataset, load_dataset
+from .data import Dataset, load_dataset, load_text
 from .diagnostics import Diagnostics
 from .exceptions import InputError
 from .feedback import Feedback
@@ -40,5 +40,6 @@ __all__ = [
     "kernels",
     "load",
     "load_dataset",
+    "load_text",
     "models",
 ]

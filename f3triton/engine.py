@@ -22,6 +22,7 @@ class Data(Protocol):
     """What the engine asks of a data set: inputs and targets by sample index, and nothing else."""
 
     device: torch.device
+    positions: int  # predictions a sample: 1, or as many as a text window has tokens
 
     def __len__(self) -> int: ...
 
@@ -29,11 +30,11 @@ class Data(Protocol):
         """Inputs `[batch, ...]` of the samples `index [batch]`."""
 
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Targets `[batch, C]`: one-hot for classes, values for regression."""
+        """Targets `[batch * positions, C]`: one-hot for classes, values for regression."""
 
 
 def batch(data: Data, index: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs `[batch, ...]` and targets `[batch, C]` on `device`, from wherever the data (and `index`) is."""
+    """Inputs `[batch, ...]` and targets `[batch * positions, C]` on `device`, from wherever the data (and `index`) is."""
     x, target = data.fetch(index, dtype), data.one_hot(index, dtype)
     if data.device != device:
         x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
@@ -46,7 +47,10 @@ class Learner(Protocol):
     loss: str
 
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from the samples `index [batch]`; returns the output from before the update and the target, `[M, C]`."""
+        """Learn from the samples `index [batch]`; returns the output from before the update and the target, `[M, C]`.
+
+        M counts predictions: one a sample, or one for each token of a text window.
+        """
 
 
 class F3Learner:
@@ -93,8 +97,8 @@ class F3Learner:
     def _learn(self, index: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         updater, signal = self.updater, self.signal
         updater.next_step(lr)
-        x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
-        scale = 1 / len(index) if self.scale == "mean" else self.scale
+        x, target = batch(self.data, index, self.dtype, self.device)  # [batch, ...], [M, C]
+        scale = 1 / len(target) if self.scale == "mean" else self.scale
         kept_stages = []
         if signal.current:
             for stage in self.hidden:
@@ -110,11 +114,14 @@ class F3Learner:
                 error = error * target
             for stage in self.hidden:
                 x = stage.learn(x, error, updater, scale)
-        a, kept = self.last.keep(x, updater)  # [M, C]
+        a, kept = self.last.keep(x, updater)  # [M, C], or [batch, tokens, C]
+        shape = a.shape
+        if len(shape) > 2:
+            a = a.flatten(0, -2)  # [M, C]
         if a.dtype != self.dtype:
             a = a.to(self.dtype)
         gradient, error = updater.ops.output_error(a, target, self.loss, signal.source, signal.link)
-        self.last.finish(kept, gradient, updater)
+        self.last.finish(kept, gradient.view(shape), updater)
         if self.store is not None:
             self.store.write(index, error)
         elif signal.current:
@@ -134,12 +141,12 @@ class BackpropLearner:
         self.optimizer = torch_optimizer(rule, [p for p in model.parameters() if p.requires_grad])
 
     def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        x, target = batch(self.data, index, self.dtype, self.device)  # [M, ...], [M, C]
+        x, target = batch(self.data, index, self.dtype, self.device)  # [batch, ...], [M, C]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with autocast(x.device, self.compute_dtype):
-            a = self.model(x)  # [M, C]
-        a = a.to(self.dtype)
+            a = self.model(x)  # [M, C], or [batch, tokens, C]
+        a = a.flatten(0, -2).to(self.dtype)
         mean_loss(a, target, self.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +190,7 @@ def make_learner(
 
 @dataclass
 class Figures:
-    """Over some samples: the mean loss, how many were right, and for values the mean squared error of each target."""
+    """Over some predictions: the mean loss, how many were right, and for values the mean squared error of each target."""
 
     samples: int
     loss: float
@@ -287,10 +294,11 @@ def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: Callable[[int]
         unseen.clear()
 
     for index in batches:
-        tally.add(*learner.step(index, lr_at(progress.steps + 1)))
+        a, target = learner.step(index, lr_at(progress.steps + 1))  # [M, C]
+        tally.add(a, target)
         progress.steps += 1
-        unseen.append(len(index))
-        samples += len(index)
+        unseen.append(len(a))
+        samples += len(a)
         if len(unseen) == CHECK_EVERY:
             look()
     look()
@@ -302,23 +310,28 @@ def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: Callable[[int]
 def evaluate(
     model: nn.Module, data: Data, loss: str, batch_size: int, device: torch.device, compute_dtype: torch.dtype | None = None
 ) -> Figures:
-    """The figures of a whole data set, in its own order and in eval mode; sums are in float64."""
+    """The figures of a whole data set, in its own order and in eval mode; sums are in float64.
+
+    `batch_size` counts predictions.
+    """
     was_training = model.training
     model.eval()
     dtype = working_dtype(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(data), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(data)), device=data.device)
+    samples = max(1, batch_size // data.positions)
+    for start in range(0, len(data), samples):
+        index = torch.arange(start, min(start + samples, len(data)), device=data.device)
         x, target = batch(data, index, dtype, device)
         with autocast(device, compute_dtype):
             a = model(x)
-        a = a.to(dtype)
-        total += mean_loss(a, target, loss).double() * len(index)
+        a = a.flatten(0, -2).to(dtype)  # [M, C]
+        total += mean_loss(a, target, loss).double() * len(a)
         hits += (a.argmax(-1) == target.argmax(-1)).sum()
         if loss == "mse":
             squares = squares + (a - target).double().square().sum(0)  # [targets]
     model.train(was_training)
     mse = (squares / len(data)).tolist() if loss == "mse" else None
-    return Figures(len(data), float(total) / len(data), int(hits), mse)
+    count = len(data) * data.positions
+    return Figures(count, float(total) / count, int(hits), mse)

@@ -74,11 +74,15 @@ def resolve_signal(method: str, source: str | None, link: str = "auto", mask: bo
 
 
 def resolve_loss(loss: str, task: str) -> str:
-    """`auto` is `bce` for classification, as in the authors' experiments, and `mse` for regression.
+    """`auto` is `bce` for classification, as in the authors' experiments, `cross-entropy` for text, `mse` for regression.
 
-    Raises InputError for an unknown loss, or a classification loss on regression.
+    Raises InputError for an unknown loss, or one that does not belong to the task.
     """
     loss = check_word("loss", loss, ("auto", *LOSSES))
+    if task == "language-modeling":
+        if loss not in ("auto", "cross-entropy"):
+            raise InputError(f"loss {loss!r} does not go with language-modeling; allowed: cross-entropy, auto")
+        return "cross-entropy"
     if loss == "auto":
         return "bce" if task == "classification" else "mse"
     if task == "regression" and loss != "mse":

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .data import Dataset
+from .data.targets import LANGUAGE_MODELING
 from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
 from .errors import Codec, ErrorStore, Rows, make_codec, make_store, pick_home
-from .errors.codecs import check_error_dtype
+from .errors.codecs import ByPosition, check_error_dtype
 from .exceptions import InputError
 from .feedback_alignment import FeedbackAlignmentLearner, require_linear
 from .kernels.dispatch import backend as kernel_backend
@@ -241,7 +242,7 @@ class Trainer:
         resolve_loss(self.loss, train.task)
         steps = epochs * steps_per_epoch(len(train), self.batch_size, self.windows)
         make_schedule(self.lr_schedule, self.rule.lr, steps, self.warmup_steps)
-        if self.signal is not None and self.signal.mask and train.task != "classification":
+        if self.signal is not None and self.signal.mask and train.task == "regression":
             raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
         if self.method == "fa":
             require_linear(self.model)
@@ -255,14 +256,17 @@ class Trainer:
         example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
         uses_feedback = self.signal is not None and self.signal.source != "none"
         with autocast(self.device, self.compute_dtype):
-            self.model.prepare(example.to(self.device), train.outputs, self.seed if uses_feedback else None)
+            seed = self.seed if uses_feedback else None
+            self.model.prepare(example.to(self.device), train.outputs, seed, train.positions)
         self.store_for(train)
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
         """(home, samples, codec) of the error store that `fit` will make; None where the method needs none."""
         if self.signal is None or not self.signal.delayed:
             return None
-        codec = make_codec(self.error_dtype, train.outputs, working_dtype(self.model), train.task == "classification")
+        codec = make_codec(self.error_dtype, train.outputs, working_dtype(self.model), train.task != "regression")
+        if train.positions > 1:
+            codec = ByPosition(codec, train.positions)
         local = self.windows is not None and self.windows.local
         samples = min(self.windows.size, len(train)) if local else len(train)
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
@@ -336,6 +340,8 @@ def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:
 
 
 def _train_figures(data: Dataset, figures: Figures) -> Record:
+    if data.task == LANGUAGE_MODELING:
+        return text_record("train", data, figures)
     record: Record = {"train_loss": figures.loss}
     if data.task == "classification":
         record["train_error"] = 100 * (figures.samples - figures.correct) / figures.samples
@@ -343,12 +349,23 @@ def _train_figures(data: Dataset, figures: Figures) -> Record:
 
 
 def test_record(data: Dataset, figures: Figures) -> Record:
-    """The test figures under their names: percent wrong for classes, mean squared errors for values."""
+    """The test figures under their names: percent wrong for classes, mean squared errors for values, or a `text_record`."""
+    if data.task == LANGUAGE_MODELING:
+        return text_record("test", data, figures)
     if data.task == "classification":
         return {"test_loss": figures.loss, "test_error": 100 * (figures.samples - figures.correct) / figures.samples}
     names, scales = data.preprocessing.target_names, data.preprocessing.target.std or [1.0] * data.outputs
     in_units = {name: mse * scale**2 for name, mse, scale in zip(names, figures.mse, scales, strict=True)}
     return {"test_loss": figures.loss, "test_mse": figures.loss, "test_mse_in_units": in_units}
+
+
+def text_record(part: str, data: Dataset, figures: Figures) -> Record:
+    """A language model's loss in nats a token, in bits a character (byte, token), and as perplexity of a token."""
+    return {
+        f"{part}_loss": figures.loss,
+        f"{part}_bits_per_{data.preprocessing.tokenizer.unit}": figures.loss / math.log(2),
+        f"{part}_perplexity": math.exp(min(figures.loss, 700.0)),
+    }
 
 
 def _count(batches: Iterable[Tensor], on_step: Callable[[int], None] | None) -> Iterable[Tensor]:

@@ -95,7 +95,7 @@ class WindowView:
     """The samples of one window, known by their places in it, 0 to size - 1."""
 
     def __init__(self, data: Data, size: int) -> None:
-        self.data, self.device = data, data.device
+        self.data, self.device, self.positions = data, data.device, data.positions
         self.order = torch.arange(size, device=data.device)  # [size] sample indices in `data`
 
     def __len__(self) -> int:

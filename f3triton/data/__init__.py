@@ -7,5 +7,6 @@
 from .dataset import Dataset
 from .load import load_dataset
 from .preprocessing import Preprocessing
+from .text import TextDataset, load_text
 
-__all__ = ["Dataset", "Preprocessing", "load_dataset"]
+__all__ = ["Dataset", "Preprocessing", "TextDataset", "load_dataset", "load_text"]

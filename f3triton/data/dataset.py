@@ -23,7 +23,10 @@ class Dataset:
         task: `classification` or `regression`.
         outputs: C classes, or T numbers to predict.
         in_features: inputs of a row, K.
+        positions: predictions of a row: 1, or as many as a text window has tokens.
     """
+
+    positions = 1
 
     def __init__(self, name: str, inputs: Tensor, targets: Tensor, preprocessing: Preprocessing) -> None:
         if len(inputs) != len(targets):

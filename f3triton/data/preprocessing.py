@@ -15,9 +15,10 @@ from ..exceptions import InputError
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, listed, raw_column, rows_from
 from .images import convert_images, load_images, match_channels
 from .tables import Column, encode_table
-from .targets import CLASSIFICATION, REGRESSION, Target, encode_target
+from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
+from .tokens import Tokenizer
 
-IMAGE, TABLE, TENSORS = "image", "table", "tensors"
+IMAGE, TABLE, TENSORS, TEXT = "image", "table", "tensors", "text"
 FORMAT = 1  # of the JSON
 
 
@@ -26,16 +27,18 @@ class Preprocessing:
     """Everything between raw rows and a model's inputs, and between its outputs and predictions.
 
     Of kind `image` (uint8 pixels, normalised by the mean and standard deviation of each channel over the training
-    images), `table` (columns, standardised and one-hot) or `tensors` (inputs as they were given).
+    images), `table` (columns, standardised and one-hot), `tensors` (inputs as they were given) or `text` (token ids).
     """
 
     kind: str
-    shape: tuple[int, ...]  # of one row of inputs: (C, H, W), (K,) or whatever the tensors have
+    shape: tuple[int, ...]  # of one row of inputs: (C, H, W), (K,), (tokens,) or whatever the tensors have
     target: Target
     image: str = ""  # image: the column, and the statistics of its C channels, in units of 255
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     columns: tuple[Column, ...] = ()  # table
+    text: str = ""  # text: the column, if it comes from one
+    tokenizer: Tokenizer | None = None  # text
     notes: tuple[str, ...] = ()  # what was found while the data was read: columns left out, values filled
     _vectors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -59,6 +62,8 @@ class Preprocessing:
         """
         if self.kind == TENSORS:
             return self._encode_tensors(rows)
+        if self.kind == TEXT:
+            return self._encode_texts(rows)
         if self.kind == TABLE:
             return encode_table(self.columns, rows_from(rows, [column.name for column in self.columns]))[0]
         where = "the rows given"
@@ -78,12 +83,14 @@ class Preprocessing:
 
         Raises InputError: the column missing; a target missing, infinite or of a class that training did not have.
         """
-        if self.kind == TENSORS:
-            raise InputError("this model was trained on tensors, so its targets have no columns to be read from")
+        if self.kind in (TENSORS, TEXT):
+            raise InputError(f"this model was trained on {self.kind}, so its targets have no columns to be read from")
         return encode_target(self.target, rows_from(rows, list(self.target.columns)))
 
     def normalise(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Encoded inputs `[M, K]` as the model takes them: pixels `(u8 / 255 - mean) / std`; others change dtype only."""
+        if self.kind == TEXT:
+            return inputs.long()
         if self.kind != IMAGE:
             return inputs.to(dtype)
         # Half precision would lose what the mean and the scale need: there the arithmetic is in float32.
@@ -95,7 +102,7 @@ class Preprocessing:
 
     def unstandardise(self, outputs: Tensor) -> Tensor:
         """Predictions [..., T] in the target's own units; class scores are returned as they are."""
-        if self.target.task == CLASSIFICATION or not self.target.mean:
+        if self.target.task != REGRESSION or not self.target.mean:
             return outputs
         mean, std = (torch.tensor(v, dtype=outputs.dtype, device=outputs.device) for v in (self.target.mean, self.target.std))
         return outputs * std + mean
@@ -112,8 +119,13 @@ class Preprocessing:
             lines.append(
                 f"features: {len(self.columns)} columns as {self.in_features} inputs: {listed(map(_column, self.columns))}"
             )
-        else:
+        elif self.kind == TENSORS:
             lines.append(f"inputs: tensors of shape {list(self.shape)}")
+        if self.kind == TEXT:
+            column = f"column {self.text!r}, " * bool(self.text)
+            known = listed([repr(name)[1:-1] for name in self.target.names], 12)
+            unit = self.tokenizer.unit
+            return [f"text: {column}{self.target.outputs} {unit}s: {known}; windows of {self.shape[0]}", *self.notes]
         name = f"column {', '.join(map(repr, self.target.columns))}, " if self.target.columns else ""
         if self.target.task == CLASSIFICATION:
             lines.append(f"target: {name}{self.target.outputs} classes: {listed(self.target.names, 10)}")
@@ -126,29 +138,37 @@ class Preprocessing:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, which `from_json` turns into an equal object."""
-        content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k != "_vectors"}}
+        content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k not in ("_vectors", *_OF_TEXT)}}
         content["target"] = asdict(self.target)
         content["columns"] = [asdict(column) for column in self.columns]
+        if self.kind == TEXT:
+            content |= {"text": self.text, "tokenizer": self.tokenizer.to_json()}
         return {k: _as_lists(v) for k, v in content.items()}
 
     @classmethod
     def from_json(cls, content: Any) -> Preprocessing:
         """The preprocessing that `to_json` described; InputError says what is wrong with any other content."""
-        content = _fields(content, {"format": int, **_TYPES}, "preprocessing")
+        is_text = isinstance(content, dict) and content.get("kind") == TEXT
+        content = _fields(content, {"format": int, **_TYPES, **(_OF_TEXT if is_text else {})}, "preprocessing")
         _require(content.pop("format") == FORMAT, f"format is not {FORMAT}; it was written by another version")
         content["target"] = Target(**_fields(content["target"], _TARGET_TYPES, "target"))
         content["columns"] = tuple(Column(**_fields(column, _COLUMN_TYPES, "column")) for column in content["columns"])
+        if is_text:
+            content["tokenizer"] = Tokenizer.from_json(content["tokenizer"])
         self = cls(**content)
         self._validate()
         return self
 
     def _validate(self) -> None:
         target = self.target
-        _require(self.kind in (IMAGE, TABLE, TENSORS), f"kind {self.kind!r} is unknown")
-        _require(target.task in (CLASSIFICATION, REGRESSION), f"task {target.task!r} is unknown")
+        _require(self.kind in (IMAGE, TABLE, TENSORS, TEXT), f"kind {self.kind!r} is unknown")
+        _require(target.task in (CLASSIFICATION, REGRESSION, LANGUAGE_MODELING), f"task {target.task!r} is unknown")
+        _require((self.kind == TEXT) == (target.task == LANGUAGE_MODELING), "task and kind disagree")
         _require(all(size > 0 for size in self.shape) and target.outputs > 0, "a size is zero")
         _statistics(target.mean, target.std, (0, target.outputs) if target.task == REGRESSION else (0,), "target")
         _require(not target.columns or len(target.classes or target.mean) == target.outputs, "target has no classes or mean")
+        if self.kind == TEXT:
+            _require(len(self.shape) == 1 and self.tokenizer.names == target.names, "tokenizer and tokens disagree")
         if self.kind == IMAGE:
             _require(len(self.shape) == 3 and self.shape[0] in (1, 3), f"shape {list(self.shape)} is not [1 or 3, H, W]")
             _statistics(self.mean, self.std, (self.shape[0],), "image")
@@ -191,6 +211,19 @@ class Preprocessing:
                 f"the rows given have shape {list(inputs.shape)}; this model takes [M, {', '.join(map(str, self.shape))}]"
             )
         return inputs if inputs.is_floating_point() else inputs.to(torch.float32)
+
+    def _encode_texts(self, rows: Any) -> Tensor:
+        """Token ids `[M, tokens]` of texts that have the same number of them."""
+        texts = [rows] if isinstance(rows, str) else list(rows)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError("this model takes texts: a string, or a list of strings")
+        ids = [self.tokenizer.encode(text, f"text {number}") for number, text in enumerate(texts)]
+        lengths = {len(row) for row in ids}
+        if len(lengths) > 1 or not 1 <= max(lengths) <= self.shape[0]:
+            raise InputError(
+                f"texts must have the same number of tokens, from 1 to the context {self.shape[0]}, got {sorted(lengths)}"
+            )
+        return torch.from_numpy(np.stack(ids))
 
 
 def _all_rows(values: list) -> bool:
@@ -236,6 +269,7 @@ _TYPES = {
     "columns": [dict],
     "notes": [str],
 }
+_OF_TEXT = {"text": str, "tokenizer": dict}
 
 
 def _fields(content: Any, types: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..exceptions import InputError
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, kind_of, listed, numbers, words
 from .tables import UnusableColumnError, moments, standardise
 
-CLASSIFICATION, REGRESSION = "classification", "regression"
+CLASSIFICATION, REGRESSION, LANGUAGE_MODELING = "classification", "regression", "language-modeling"
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
 MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
 

@@ -35,6 +35,7 @@ class Codec:
     """
 
     needs_target = False
+    positions = 1  # rows `[width]` in one of `columns`
 
     def __init__(self, word: str, width: int, dtype: torch.dtype, columns: int, storage: torch.dtype = torch.uint8) -> None:
         self.word, self.width, self.dtype, self.columns, self.storage = word, width, dtype, columns, storage
@@ -45,6 +46,22 @@ class Codec:
 
     def decode(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+class ByPosition(Codec):
+    """The rows of a sample's positions (the tokens of a text window), in order, as one row."""
+
+    def __init__(self, each: Codec, positions: int) -> None:
+        super().__init__(each.word, each.width, each.dtype, positions * each.columns, each.storage)
+        self.each, self.needs_target, self.positions = each, each.needs_target, positions
+
+    def encode(self, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        """From `[M * positions, width]` to `[M, columns]`."""
+        return self.each.encode(errors, target).view(-1, self.columns)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """From `[M, columns]` to `[M * positions, width]`."""
+        return self.each.decode(rows.reshape(-1, self.each.columns))
 
 
 class Float(Codec):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .store import ErrorStore, Rows
 
-FILL = 1 << 16  # rows whose targets are made at a time
+FILL = 1 << 24  # bytes of rows that are made at a time, about
 
 
 class MemoryStore(ErrorStore):
@@ -19,9 +19,10 @@ class MemoryStore(ErrorStore):
         self.home = "memory" if where.type == "cpu" else "device"
         self.encoded = torch.empty(rows.samples, rows.codec.columns, dtype=rows.codec.storage, device=where)
         self.visited = torch.zeros(rows.samples, dtype=torch.bool, device=where)  # in this epoch
-        for start in range(0, rows.samples, FILL):
-            index = torch.arange(start, min(start + FILL, rows.samples), device=rows.device)
-            self.encoded[start : start + FILL] = rows.first(index)
+        step = max(1, FILL // (8 * rows.codec.width * rows.codec.positions))
+        for start in range(0, rows.samples, step):
+            index = torch.arange(start, min(start + step, rows.samples), device=rows.device)
+            self.encoded[start : start + step] = rows.first(index)
 
     @property
     def rows(self) -> Tensor:
