@@ -301,7 +301,8 @@ class Trainer:
         """Tell the store, at the end of a pass, and count the samples that kept an older error because they had no visit."""
         if store is None or (self.windows is not None and (self.windows.local or (epoch + 1) % self.windows.visits)):
             return {}
-        carried = store.end_epoch()
+        carried = store.commit()
+        store.release(store.epoch)
         return {"carried_rows": carried} if carried else {}
 
     def _record(self, record: Record, test: Dataset | None, loss: str, on_record: Callable[[Record], None] | None) -> None:

@@ -141,10 +141,10 @@ def test_a_store_in_memory(word: str) -> None:
     expected = expected.decode(expected.encode(e, target[index]))
     assert torch.equal(store.read(index), expected)
     assert torch.equal(store.read(torch.tensor([1, 2])), target[1:3])
-    assert store.end_epoch() == 9  # carried forward
+    assert store.commit() == 9  # carried forward
     assert torch.equal(store.read(torch.tensor([1, 7])), torch.stack([target[1], expected[0]]))
     store.write(torch.arange(12), torch.zeros(12, 5))
-    assert store.end_epoch() == 0
+    assert store.commit() == 0
     assert store.epoch == 2
 
 
@@ -157,7 +157,7 @@ def test_state_and_restore() -> None:
     store.restore(kept, 3)
     assert torch.equal(store.rows, before)
     assert store.epoch == 3
-    assert store.end_epoch() == 10
+    assert store.commit() == 10
 
 
 @pytest.mark.parametrize("word", [*ERROR_DTYPES, "top-2"])

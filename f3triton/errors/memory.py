@@ -48,7 +48,7 @@ class MemoryStore(ErrorStore):
         self.encoded.index_copy_(0, index, rows)
         self.visited.index_fill_(0, index, True)
 
-    def end_epoch(self) -> int:
+    def commit(self) -> int:
         carried = self.samples - int(self.visited.sum())
         self.visited.zero_()
         self.epoch += 1

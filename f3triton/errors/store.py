@@ -75,12 +75,12 @@ class ErrorStore:
         """The same batches of sample indices `[M]` in the same order, on `device`, to learn from; a store may look ahead."""
         return (index.to(device) for index in batches)
 
-    def end_epoch(self) -> int:
-        """Make this epoch's rows those that the next one reads. Returns how many were not written, and carried forward."""
-        raise NotImplementedError
+    def commit(self) -> int:
+        """End the epoch: what it wrote is what the next one reads, and in a file is safe from a crash from now on.
 
-    def commit(self) -> None:
-        """Make all that was written safe from a crash of the process or the machine; a store in memory has no such thing."""
+        Returns how many rows were not written, and carried forward.
+        """
+        raise NotImplementedError
 
     def release(self, epoch: int) -> None:
         """Nobody will go back to an epoch before `epoch`; what only they would read may go."""
