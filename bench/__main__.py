@@ -29,6 +29,7 @@ NEEDS_GPU = {"kernels"}
 FULL = {
     "kernel_report": ["--arch", "all"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
+    "time_to_accuracy": ["--mnist", "{mnist}"],
     "windows": ["--mnist", "{mnist}"],
 }
 
