@@ -24,7 +24,7 @@ from f3triton.kernels import SGD, Adam, tiles, triton_linear, triton_ops, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from .common import result, row, save, table
+from .common import result, row, table, write_result
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -214,7 +214,7 @@ def main() -> None:
         for found in rows:
             place = {"x": f"{found['kernel']} {found['dtype']}", "part": found["arch"]}
             figures.append(row("registers a thread", metric="registers", values=found.get("reg", 0), **place, **found))
-        save(options.output, result("kernel_report", figures))
+        write_result(options.output, result("kernel_report", figures))
 
 
 if __name__ == "__main__":

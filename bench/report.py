@@ -82,6 +82,12 @@ def compiled_table() -> str:
     return f"{table(list(columns), [[row[c] for c in columns] for row in rows])}\n\n{source('kernels-compiled.json')}"
 
 
+def time_table() -> str:
+    rows = [row for row in read_result("time-to-accuracy.json")["rows"] if row["metric"] == "seconds to the target"]
+    lines = [[row["method"], row["epochs"], f"{row['steps']:,}", f"{row['median']:.0f}"] for row in rows]
+    return f"{table(['', 'epochs of the run', 'steps', 'seconds'], lines)}\n\n{source('time-to-accuracy.json')}"
+
+
 TABLES = {
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),
@@ -93,6 +99,7 @@ TABLES = {
     "windows-3": lambda: windows_table("3 hidden, 20 epochs"),
     "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
     "kernels-compiled": compiled_table,
+    "time-to-accuracy": time_table,
 }
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 

@@ -35,12 +35,15 @@ GRID = [
     (1, 20, (1,), [cell(20000, 2), cell(20000, 5), cell(20000, 10), cell(20000, 20), cell(500, 2), cell(500, 10)]),
     (1, 20, (1,), [cell(2000, 10, "target"), cell(2000, 10, "stale"), cell(500, 5, "stale"), cell(500, 5, "target")]),
     (3, 20, (1,), [OFF, cell(500, 5), cell(2000, 10), cell(50, 2), {"method": "bp"}, {"method": "dfa"}, cell(200, 5)]),
-    (10, 20, (1,), [OFF, cell(500, 5), {"method": "dfa"}, {"method": "bp"}]),
-    (1, 100, (1,), [cell(500, 5), cell(2000, 10), cell(50, 2)]),
-    (3, 20, (1,), [cell(20000, 10), cell(2000, 5), cell(500, 5, "stale"), cell(500, 2)]),
-    (10, 20, (1,), [cell(50, 2), cell(2000, 10)]),
-    (3, 100, (1,), [cell(500, 5)]),
-    (3, 20, (2, 3), [OFF, cell(500, 5), cell(2000, 10)]),
+    (10, 20, (1,), [OFF, cell(500, 5), {"method": "dfa"}, {"method": "bp"}, {"method": "bp", "lr": 1e-4}]),
+    (10, 20, (1,), [cell(50, 2), cell(200, 2)]),
+    (3, 20, (2, 3), [OFF, cell(50, 2), cell(500, 5)]),
+    (1, 20, (2, 3), [cell(50, 2), {"method": "bp"}, {"method": "dfa"}]),
+    (3, 20, (1,), [cell(200, 2), cell(500, 2), cell(2000, 5), cell(500, 5, "stale")]),
+    (1, 100, (1,), [cell(500, 5), cell(50, 2), cell(2000, 10)]),
+    (3, 100, (1,), [cell(50, 2), cell(500, 5)]),
+    (10, 20, (1,), [cell(2000, 10)]),
+    (3, 20, (1,), [cell(20000, 10)]),
 ]
 QUICK = [
     (1, 20, (1, 2), [OFF, {"method": "bp"}, cell(100, 2), cell(100, 5), cell(500, 5)]),
@@ -53,6 +56,8 @@ def name_of(hidden: int, epochs: int, seed: int, settings: dict) -> str:
     kind = settings.get("method", "f3")
     if "visits" in settings:
         kind = f"{settings['window']}x{settings['visits']} {settings['first_visit']}"
+    if "lr" in settings:
+        kind += f" lr {settings['lr']:g}"
     return f"{hidden} hidden, {epochs} epochs, {kind}, seed {seed}"
 
 
@@ -60,7 +65,8 @@ def run(train: f3.Dataset, test: f3.Dataset, hidden: int, epochs: int, seed: int
     """One training run: the best and the last test error in percent."""
     torch.manual_seed(seed)
     model = f3.models.MLP([train.in_features, *[500] * hidden, train.outputs])
-    result = f3.Trainer(model, seed=seed, **settings).fit(train, epochs, test)
+    others = {key: value for key, value in settings.items() if key != "lr"}
+    result = f3.Trainer(model, optimizer=f3.Adam(lr=settings.get("lr", 5e-4)), seed=seed, **others).fit(train, epochs, test)
     errors = [record["test_error"] for record in result.history]
     return {
         "hidden": hidden,
