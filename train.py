@@ -23,7 +23,7 @@ from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
 from f3triton.data import Dataset
 from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
-from f3triton.errors import ERROR_DTYPES, Codec, make_codec, pick_home
+from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, make_codec, pick_home, remove_store
 from f3triton.feedback import LAWS
 from f3triton.layers import FEEDBACK_SHAPES
 from f3triton.models.build import MODELS, OPTIONS, build
@@ -149,7 +149,12 @@ def make_parser() -> Parser:
     add("--lr-schedule", choices=SCHEDULES, default="cosine", help="of the learning rate, after the warmup")
     add("--warmup-steps", type=int, default=0, metavar="N", help="steps of linear warmup")
     add("--epochs", type=int, default=100, help="visits of every sample")
-    add("--error-store", default="auto", metavar="WHERE", help="of delayed errors: auto (the first that fits), device, memory")
+    add(
+        "--error-store",
+        default="auto",
+        metavar="WHERE",
+        help="of delayed errors: auto (the first that fits), device, memory, or a folder, with a slash: ./errors",
+    )
     add(
         "--error-dtype",
         default="auto",
@@ -176,7 +181,7 @@ def make_parser() -> Parser:
         help="of the matrix products; weights are float32, but for float64 and bfloat16-weights",
     )
     add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
-    add("--overwrite", action="store_true", help="write over a run in the output folder")
+    add("--overwrite", action="store_true", help="write over a run in the output folder, and over its error store")
     add("--eval-every", type=int, default=1, metavar="N", help="epochs between evaluations")
     add(
         "--compare",
@@ -330,9 +335,7 @@ def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> N
         raise f3.InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
 
 
-def dry_budget(
-    options: argparse.Namespace, network: dict[str, object], data: tuple[Dataset, Dataset]
-) -> tuple[Budget, str]:
+def dry_budget(options: argparse.Namespace, network: dict[str, object], data: tuple[Dataset, Dataset]) -> tuple[Budget, str]:
     """The needs of the run, by arithmetic, and a line about its error store; of the network only the shapes are made."""
     with torch.device("meta"):
         shapes = build(network)
@@ -347,7 +350,9 @@ def dry_budget(
     if signal is not None and signal.delayed:
         codec = make_codec(options.error_dtype, data[0].outputs, types.working, data[0].task == "classification")
         home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
-        error_bytes, line = rows * codec.row_bytes, store_line(home, rows, codec)
+        error_bytes, line = 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
+        if not options.overwrite:
+            check_home(home, rows, codec)
     batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
     if options.model == "mlp":
         budget = mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes)
@@ -391,6 +396,9 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     store = trainer.store_for(train_set)
     if store is not None:
         say(store_line(*store))
+        if is_folder(store[0]) and options.overwrite:
+            remove_store(store[0])
+        check_home(*store)
 
     folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
     folder.require_space(trainer.model)

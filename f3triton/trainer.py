@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .data import Dataset
+from .data.identity import identity
 from .data.targets import LANGUAGE_MODELING
 from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
-from .errors import Codec, ErrorStore, Rows, make_codec, make_store, pick_home
+from .errors import Codec, ErrorStore, Rows, is_folder, make_codec, make_store, pick_home
 from .errors.codecs import ByPosition, check_error_dtype
 from .exceptions import InputError
 from .feedback_alignment import FeedbackAlignmentLearner, require_linear
@@ -72,8 +74,9 @@ class Trainer:
     - `batch_size`, `eval_batch_size`, `seed` (sample order and feedback), `device`, `backend`, `precision`
     - `window`, `visits`, `first_visit`: a number of samples (or auto, off) that are visited so many times in a row before the
       next ones, and what the first of these visits teaches the hidden layers; see `windows.Windows`
-    - `error_store`: where the error of every sample's last visit is kept: auto (the first that fits), device, memory;
-      `error_dtype`: how: auto (exactly), float32, float16, bfloat16, int8, ternary, top-K (see `errors.codecs`)
+    - `error_store`: where the error of every sample's last visit is kept: auto (the first that fits), device, memory, or a
+      folder that holds no store yet, such as `./errors`; `error_dtype`: how: auto (exactly), float32, float16, bfloat16,
+      int8, ternary, top-K (see `errors.codecs`)
     - `cuda_graph`: auto, on, off; by default every step of F3 and its kin on a CUDA device is one graph, where all stages
       are Linear and the data is on the device
 
@@ -102,7 +105,7 @@ class Trainer:
         window: int | str = "off",
         visits: int | None = None,
         first_visit: str | None = None,
-        error_store: str = "auto",
+        error_store: str | Path = "auto",
         error_dtype: str = "auto",
         cuda_graph: str = "auto",
     ) -> None:
@@ -221,6 +224,9 @@ class Trainer:
             if result.steps > (result.history[-1]["step"] if result.history else 0):
                 record = {"epoch": round(result.steps / epoch_steps, 3), "step": result.steps, "lr": lr_at(result.steps)}
                 self._record(record, test, loss, on_record)
+        finally:
+            if store is not None:
+                store.close()
         return result
 
     def check(
@@ -280,7 +286,7 @@ class Trainer:
         def targets(index: Tensor) -> Tensor:
             return data.one_hot(index.to(data.device), codec.dtype).to(self.device)
 
-        return make_store(home, Rows(samples, codec, self.device, targets))
+        return make_store(home, Rows(samples, codec, self.device, targets, identity(train) if is_folder(home) else None))
 
     def describe(self) -> str:
         """The settings that matter most, in one line."""

@@ -1,8 +1,12 @@
 """Where the errors of the last visit are kept."""
 
 from .codecs import ERROR_DTYPES, Codec, make_codec
-from .homes import HOMES, make_store, pick_home
+from .file import FileStore, remove_store
+from .homes import HOMES, check_home, is_folder, make_store, pick_home
 from .memory import MemoryStore
 from .store import ErrorStore, Rows
 
-__all__ = ["ERROR_DTYPES", "HOMES", "Codec", "ErrorStore", "MemoryStore", "Rows", "make_codec", "make_store", "pick_home"]
+__all__ = [
+    "ERROR_DTYPES", "HOMES", "Codec", "ErrorStore", "FileStore", "MemoryStore", "Rows", "check_home", "is_folder",
+    "make_codec", "make_store", "pick_home", "remove_store",
+]  # fmt: skip

@@ -109,7 +109,7 @@ class Ternary(Codec):
         large = size >= (0.5 * size.amax(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)  # [M, C]
         scale = (size * large).sum(1, keepdim=True) / large.sum(1, keepdim=True).clamp_min(1)  # [M, 1]
         code = torch.where(errors > 0, 1, 2).to(torch.uint8) * large
-        code = torch.nn.functional.pad(code, (0, -self.width % 4)).view(len(errors), -1, 4)
+        code = torch.nn.functional.pad(code, (0, -self.width % 4)).unflatten(1, (-1, 4))
         packed = code[..., 0] | code[..., 1] << 2 | code[..., 2] << 4 | code[..., 3] << 6  # [M, ceil(C / 4)]
         return torch.cat([_bytes(scale.float()), packed], 1)
 
@@ -177,4 +177,4 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.contiguous().view(dtype)
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)  # contiguous() keeps the stride of a single row

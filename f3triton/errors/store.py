@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +49,20 @@ class ErrorStore:
     def __init__(self, rows: Rows) -> None:
         self.spec = rows
         self.samples, self.width, self.codec = rows.samples, rows.codec.width, rows.codec
+
+    @staticmethod
+    def create(home: str | Path, rows: Rows, generations: int = 2) -> ErrorStore:
+        """A new store on the `device`, in `memory` or in the folder of a path. Raises InputError; see `FileStore.create`."""
+        from .homes import make_store, pick_home
+
+        return make_store(pick_home(home, rows.samples * rows.codec.row_bytes, rows.device), rows, generations)
+
+    @staticmethod
+    def open(path: str | Path, rows: Rows, epoch: int | None = None, generations: int = 2) -> ErrorStore:
+        """The store in a folder, as the last commit left it or at the beginning of `epoch`; see `FileStore.open`."""
+        from .file import FileStore
+
+        return FileStore.open(path, rows, epoch, generations)
 
     @property
     def bytes_per_sample(self) -> int:
