@@ -21,9 +21,10 @@ from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 import f3triton as f3
 from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
 from f3triton.data import Dataset
+from f3triton.data.targets import LANGUAGE_MODELING
 from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
-from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, make_codec, pick_home, remove_store
+from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, pick_home, remove_store
 from f3triton.feedback import LAWS
 from f3triton.layers import FEEDBACK_SHAPES
 from f3triton.models.build import MODELS, OPTIONS, build
@@ -40,8 +41,10 @@ from f3triton.schedules import SCHEDULES
 from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
 from f3triton.summary import summarise, versions
-from f3triton.trainer import SWITCH, FitResult, Record, Trainer, pick_device, test_record
+from f3triton.trainer import SWITCH, FitResult, Record, Trainer, error_codec, pick_device, test_record
 from f3triton.windows import DEFAULT_VISITS, FIRST_VISITS, Windows, check_epochs, resolve_windows, steps_per_epoch
+
+SAMPLE_TOKENS, TEMPERATURE = 300, 0.8
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,22 +97,38 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument_group("data").add_argument
     add("--recipe", metavar="NAME", help=f"an experiment of the paper, NAME or NAME/RUN: {', '.join(recipe_names())}")
-    add("--dataset", default="digits", metavar="NAME", help="digits (bundled), hub name, folder, or parquet/csv/json file")
+    add("--dataset", metavar="NAME", help="hub name, folder, or parquet/csv/json file; default: digits, which is bundled")
     add("--dataset-config", metavar="NAME", help="configuration of a hub data set")
     add("--revision", help="revision of a hub data set")
     add("--train-split", metavar="NAME", help="split to train on; default: train")
     add("--test-split", metavar="NAME", help="split to test on; default: test, validation, or a part of the training split")
-    add("--test-fraction", type=float, default=0.2, metavar="F", help="that part's size, drawn by the seed")
+    add(
+        "--test-fraction",
+        type=float,
+        metavar="F",
+        help="that part's size; default: 0.2, drawn by the seed; the last 0.1 of a text",
+    )
     add("--target", metavar="COLUMN", help="column to predict (several, with commas, in regression); default: by type and name")
     add("--features", nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
     add("--image", metavar="COLUMN", help="image column; default: by type")
-    add("--task", choices=("auto", "classification", "regression"), default="auto", help="auto: by the target's type")
-    add("--max-train-samples", type=int, metavar="N", help="train on N samples drawn by the seed; default: all")
-    add("--max-test-samples", type=int, metavar="N", help="test on N samples drawn by the seed; default: all")
+    tasks = ("auto", "classification", "regression", LANGUAGE_MODELING)
+    add("--task", choices=tasks, default="auto", help="auto: language-modeling with --text, else by the target's type")
+    add("--text", metavar="FILE|COLUMN", help="learn to continue this text: a file, or a column of --dataset")
+    add(
+        "--tokenizer", metavar="KIND", help="of a text: characters, bytes, or the JSON file of a tokenizer; default: characters"
+    )
+    add("--context", type=int, metavar="N", help="tokens of a sample, a window of the text; default: 64")
+    add(
+        "--max-train-samples",
+        type=int,
+        metavar="N",
+        help="train on N samples drawn by the seed (of a text: the first); default: all",
+    )
+    add("--max-test-samples", type=int, metavar="N", help="test on N samples, likewise; default: all")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=tuple(MODELS), default="mlp", help="kind of network")
-    add("--activation", choices=ACTIVATIONS, help="of the hidden layers; default: tanh")
+    add("--model", choices=tuple(MODELS), help="kind of network; default: mlp, of a text gpt")
+    add("--activation", choices=ACTIVATIONS, help="of the hidden layers; default: tanh, gelu (gpt)")
     units = f"mlp, convnet: units of layers, 500x3: three of 500{own('hidden')}"
     add("--hidden", type=layer_sizes, nargs="+", metavar="N", help=units)
     add("--channels", type=int, nargs="+", metavar="N", help=f"convnet: of each convolution{own('channels')}")
@@ -121,6 +140,7 @@ def make_parser() -> Parser:
     add("--mlp-width", type=int, metavar="N", help=f"transformers: units of the layer in a block{own('mlp_width')}")
     add("--dropout", type=float, metavar="P", help=f"transformers{own('dropout')}")
     add("--norm", action=argparse.BooleanOptionalAction, help="vit: layer normalisation in the blocks; default: yes")
+    add("--tied", action="store_true", default=None, help="gpt: the head's weight is the tokens' embedding too")
     add("--patch-size", type=int, metavar="N", help=f"vit: pixels of a patch's side{own('patch_size')}")
     add("--embedding", choices=EMBEDDINGS, help=f"vit: one layer from the whole image, or one for each patch{own('embedding')}")
     add("--position-embedding", action="store_true", default=None, help="vit: add a learned vector to each token")
@@ -136,11 +156,20 @@ def make_parser() -> Parser:
     add("--feedback", default="trinomial", metavar="LAW", help=f"law of the feedback matrices: {', '.join(LAWS)}")
     add("--feedback-values", type=float, nargs="+", metavar="V", help="of discrete-uniform, cartesian-product; default: -1 0 1")
     add("--feedback-scale", type=number_or_word, default=1.0, metavar="S", help="factor: a number, ones, zeros or 1/C")
-    add("--feedback-shape", choices=FEEDBACK_SHAPES, help="tokens or pixels have own columns or share; generated: not stored")
+    add(
+        "--feedback-shape",
+        choices=FEEDBACK_SHAPES,
+        help="tokens or pixels have own columns or share; generated: not stored; default: full, shared (gpt)",
+    )
     add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
 
     add = parser.add_argument_group("training").add_argument
-    add("--loss", choices=("auto", *LOSSES), default="auto", help="auto: bce for classification, mse for regression")
+    add(
+        "--loss",
+        choices=("auto", *LOSSES),
+        default="auto",
+        help="auto: bce for classification, mse for regression, cross-entropy for text",
+    )
     add("--optimizer", choices=tuple(RULES), default="adam", help="update rule")
     add("--lr", type=float, help="learning rate; default: 5e-4 for adam and adamw, 1e-2 for sgd")
     add("--momentum", type=float, help="of sgd; default: 0")
@@ -162,7 +191,7 @@ def make_parser() -> Parser:
         help=f"of their entries: auto (exact), {', '.join(ERROR_DTYPES)}, top-K",
     )
     add("--batch-size", type=int, default=50, metavar="N", help="samples a step")
-    add("--eval-batch-size", type=int, default=1000, metavar="N", help="samples at once in evaluation")
+    add("--eval-batch-size", type=int, default=1000, metavar="N", help="predictions at once in evaluation")
     add("--window", type=number_of_samples, default="off", metavar="N", help="visit N samples --visits times in a row; or auto")
     add("--visits", type=int, metavar="K", help=f"of every window; default: {DEFAULT_VISITS}")
     add(
@@ -192,6 +221,12 @@ def make_parser() -> Parser:
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
     add("--evaluate", metavar="FOLDER", help="evaluate the model in a run's folder on its test data, and stop")
+
+    add = parser.add_argument_group("text").add_argument
+    add("--sample", metavar="FOLDER", help="write text from the language model in a run's folder, and stop")
+    add("--tokens", type=int, metavar="N", help=f"of a sample; also of the one after training; default: {SAMPLE_TOKENS}")
+    add("--prompt", metavar="TEXT", help="what a sample begins with; default: a line break")
+    add("--temperature", type=float, metavar="T", help=f"of a sample; 0: always the likeliest token; default: {TEMPERATURE}")
     return parser
 
 
@@ -204,6 +239,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
+    if options.text is None and options.dataset is None and options.recipe is None:
+        options.dataset = "digits"
+    if options.model is None:
+        options.model = "mlp" if options.text is None else "gpt"
     if options.hidden is not None:
         layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
         options.hidden = [size for layer in layers for size in layer]
@@ -222,6 +261,13 @@ def title_of(network: dict[str, object]) -> str:
 
 
 def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    if options.text is not None:
+        return load_text(options)
+    if options.task == LANGUAGE_MODELING:
+        raise f3.InputError(f"task {LANGUAGE_MODELING!r} needs a text: --text FILE, or --text COLUMN with --dataset")
+    for option in ("tokenizer", "context", "tokens", "prompt", "temperature"):
+        if getattr(options, option) is not None:
+            raise f3.InputError(f"--{option} has no effect without --text")
     source = options.dataset
     if options.recipe is not None:
         source = open_data(read_recipe(split_name(options.recipe)[0]), source)
@@ -231,7 +277,7 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         revision=options.revision,
         train_split=options.train_split,
         test_split=options.test_split,
-        test_fraction=options.test_fraction,
+        test_fraction=0.2 if options.test_fraction is None else options.test_fraction,
         target=options.target,
         features=options.features,
         image=options.image,
@@ -244,6 +290,26 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         for part in data:
             part.name = split_name(options.recipe)[0]
     return data
+
+
+def load_text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    if options.task not in ("auto", LANGUAGE_MODELING):
+        raise f3.InputError(f"--text is for the task {LANGUAGE_MODELING!r}, got --task {options.task}")
+    for option in ("target", "features", "image"):
+        if getattr(options, option) is not None:
+            raise f3.InputError(f"--{option} has no effect with --text; leave it out")
+    settings = {name: getattr(options, name) for name in ("tokenizer", "context", "test_fraction")}
+    return f3.load_text(
+        options.text,
+        options.dataset,
+        config=options.dataset_config,
+        revision=options.revision,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        max_train_samples=options.max_train_samples,
+        max_test_samples=options.max_test_samples,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
 
 
 def feedback_and_rule(options: argparse.Namespace) -> tuple[f3.Feedback, f3.Adam | f3.SGD]:
@@ -348,7 +414,7 @@ def dry_budget(options: argparse.Namespace, network: dict[str, object], data: tu
     rows = min(windows.size, samples) if windows is not None and windows.local else samples
     error_bytes, line = 0, "error store: none"
     if signal is not None and signal.delayed:
-        codec = make_codec(options.error_dtype, data[0].outputs, types.working, data[0].task == "classification")
+        codec = error_codec(options.error_dtype, data[0], types.working)
         home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
         error_bytes, line = 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
         if not options.overwrite:
@@ -358,13 +424,18 @@ def dry_budget(options: argparse.Namespace, network: dict[str, object], data: tu
         budget = mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes)
         budget.memory["feedback"] *= not network["feedback_shape"].endswith("generated")
         return budget, line
-    shape = data[0].preprocessing.shape
-    return network_budget(shapes, shape, data[0].outputs, batch, rule, signal, types, data_bytes, error_bytes), line
+    train_set = data[0]
+    budget = network_budget(
+        shapes, train_set.preprocessing.shape, train_set.outputs, batch, rule, signal, types, data_bytes, error_bytes,
+        train_set.positions, tokens=train_set.task == LANGUAGE_MODELING,
+    )  # fmt: skip
+    return budget, line
 
 
 def store_line(home: str, samples: int, codec: Codec) -> str:
     needed = readable_bytes(samples * codec.row_bytes)
-    return f"error store: {home}, {codec.word}, {samples:,} rows of {codec.row_bytes:,} bytes, {needed}"
+    each = f" ({codec.row_bytes // codec.positions:,} a token)" * (codec.positions > 1)
+    return f"error store: {home}, {codec.word}, {samples:,} rows of {codec.row_bytes:,} bytes{each}, {needed}"
 
 
 def train(options: argparse.Namespace, compare: bool) -> None:
@@ -402,13 +473,12 @@ def train(options: argparse.Namespace, compare: bool) -> None:
 
     folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
     folder.require_space(trainer.model)
-    local = Path(options.dataset).exists() and options.dataset != "digits"
     config = {
         "format": FORMAT,
         "network": trainer.model.config(),
         "loss": resolve_loss(options.loss, train_set.task),
         "preprocessing": train_set.preprocessing.to_json(),
-        "options": {**vars(options), "dataset": str(Path(options.dataset).resolve()) if local else options.dataset},
+        "options": with_whole_paths(options),
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "versions": versions(),
     }
@@ -443,6 +513,8 @@ def train(options: argparse.Namespace, compare: bool) -> None:
             say(line)
     for line in report(summary, folder, train_set.preprocessing.target_names):
         say(line)
+    if train_set.task == LANGUAGE_MODELING and not options.quiet:
+        say(f"a sample:\n{sample_of(f3.Predictor(trainer.model, train_set.preprocessing, 'cross-entropy'), options)}")
     if result.status == "interrupted":
         raise KeyboardInterrupt
 
@@ -461,10 +533,10 @@ def finish(
     if other is not None:
         runs["bp"] = other.result.history
         against = summarise(other, *data, other.result, other.result.learning_seconds)
-        wanted = ("method", "test_loss", "test_error", "test_mse", "steps_per_second")
-        summary["comparison"] = {key: against[key] for key in wanted if key in against}
+        wanted = ("method", *shown(against), "steps_per_second")
+        summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
     folder.write_json("summary.json", summary)
-    figure, label = ("error", "percent wrong") if data[0].task == "classification" else ("mse", "mean squared error")
+    figure, label = figure_of(data[0])
     curves = {
         f"{method}, {part}": [(r["epoch"], r[f"{part}_{figure}"]) for r in history if f"{part}_{figure}" in r]
         for method, history in runs.items()
@@ -488,11 +560,18 @@ def report(summary: dict, folder: RunFolder, targets: tuple[str, ...]) -> list[s
         lines.append(f"{summary['method']}: test MSE {summary['test_mse']:.4f} (in the target's own units: {own})")
         if other:
             lines[-1] += f"; bp: {other['test_mse']:.4f}"
+    bits = next((key for key in summary if key.startswith("test_bits_per_")), None)
+    if bits is not None:
+        unit = bits.removeprefix("test_bits_per_")
+        nats = f"{summary['test_loss']:.4f} nats, perplexity {summary['test_perplexity']:.2f}"
+        lines.append(f"{summary['method']}: {summary[bits]:.4f} bits per {unit} of the test text ({nats})")
+        if other:
+            lines[-1] += f"; bp: {other[bits]:.4f} (same network, seed, order and learning rate)"
     if summary["steps_per_second"]:
         rates = {summary["method"]: summary, "bp": other} if other else {summary["method"]: summary}
         lines.append("; ".join(f"{name}: {run['steps_per_second']:,.0f} steps/s" for name, run in rates.items()))
     lines.append(f"written to {folder.path}: summary.json, metrics.jsonl, curves.png, model.safetensors, config.json")
-    if other:
+    if other and bits is None:
         lines += [
             "next: python train.py --hidden 500 500 500     a deeper network",
             "      python train.py --method drtp --compare  another method; also dfa, sdfa, last-layer",
@@ -501,8 +580,28 @@ def report(summary: dict, folder: RunFolder, targets: tuple[str, ...]) -> list[s
     return lines
 
 
+def with_whole_paths(options: argparse.Namespace) -> dict[str, object]:
+    """The options as a dict, in which the names of local files and folders do not depend on where the run was started."""
+    found = dict(vars(options))
+    for name in ("dataset", "tokenizer", "text"):
+        value = found[name]
+        is_path = value is not None and Path(value).expanduser().exists() and not (name == "text" and options.dataset)
+        if is_path and value not in ("digits", "characters", "bytes"):
+            found[name] = str(Path(value).expanduser().resolve())
+    return found
+
+
+def figure_of(data: Dataset) -> tuple[str, str]:
+    """The figure that the curves show, by the end of its name, and its label."""
+    if data.task == LANGUAGE_MODELING:
+        unit = data.preprocessing.tokenizer.unit
+        return f"bits_per_{unit}", f"bits per {unit}"
+    return ("error", "percent wrong") if data.task == "classification" else ("mse", "mean squared error")
+
+
 def default_folder(options: argparse.Namespace) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", options.dataset).strip("-.") or "data"
+    source = options.dataset or Path(options.text).stem
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-.") or "data"
     return f"runs/{name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -533,6 +632,22 @@ def evaluate_run(options: argparse.Namespace, given: set[str]) -> None:
             print(f"{name.replace('_', ' ')} {found[name]} ({note})")
 
 
+def sample_run(options: argparse.Namespace, given: set[str]) -> None:
+    """Write text from a run's model."""
+    allowed = {"--sample", "--tokens", "--prompt", "--temperature", "--seed", "--device"}
+    refused = sorted(given - allowed)
+    if refused:
+        raise f3.InputError(f"--sample goes with {', '.join(sorted(allowed - {'--sample'}))} only, got {refused[0]}")
+    print(sample_of(f3.load(options.sample, pick_device(options.device)), options))
+
+
+def sample_of(predictor: f3.Predictor, options: argparse.Namespace) -> str:
+    """Text from a language model, the same for the same options."""
+    tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
+    temperature = TEMPERATURE if options.temperature is None else options.temperature
+    return predictor.generate(options.prompt, tokens, temperature, options.seed)
+
+
 def stored_options(options: object) -> argparse.Namespace:
     """A run's options as `config.json` has them, checked as if they had been typed."""
     if not isinstance(options, dict):
@@ -557,6 +672,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(arguments)
         if options.evaluate is not None:
             evaluate_run(options, given)
+        elif options.sample is not None:
+            sample_run(options, given)
         else:
             refuse_what_has_no_effect(options, given)
             train(options, plain if options.compare is None else options.compare)

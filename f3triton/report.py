@@ -41,5 +41,5 @@ class Console:
 
 def shown(record: dict) -> list[str]:
     """The figures of a record that people follow."""
-    wanted = ("train_loss", "train_error", "test_loss", "test_error", "test_mse")
-    return [key for key in wanted if key in record]
+    wanted = ("train_loss", "train_error", "test_loss", "test_error", "test_mse", "test_perplexity")
+    return [key for key in record if key in wanted or key.startswith("test_bits_per_")]

@@ -17,11 +17,11 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     """What `summary.json` holds: the last evaluation's figures, the best ones, speed, memory and circumstances.
 
     `test_error` is in percent wrong, `test_mse` in units of the training targets' variance, `test_mse_in_units` in the
-    targets' own; `seconds` is the whole run's, `steps_per_second` counts the time of learning only; `peak_memory_bytes`
-    is the device's where it is a GPU, else the whole process's.
+    targets' own, the loss of a text in nats a token; `seconds` is the whole run's, `steps_per_second` counts the time of
+    learning only; `peak_memory_bytes` is the device's where it is a GPU, else the whole process's.
     """
     last = result.history[-1] if result.history else {}
-    figure = "test_error" if train.task == "classification" else "test_mse"
+    figure = {"classification": "test_error", "regression": "test_mse"}.get(train.task, "test_loss")
     store = getattr(trainer.learner, "store", None)
     best = min((r for r in result.history if figure in r), key=lambda r: r[figure], default={})
     return {
@@ -38,7 +38,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         "train_loss": last.get("train_loss"),
         "train_error": last.get("train_error"),
         "test_loss": last.get("test_loss"),
-        **{key: last.get(key) for key in ("test_error", "test_mse", "test_mse_in_units") if key in last},
+        **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
         "seconds": round(seconds, 3),

@@ -270,9 +270,7 @@ class Trainer:
         """(home, samples, codec) of the error store that `fit` will make; None where the method needs none."""
         if self.signal is None or not self.signal.delayed:
             return None
-        codec = make_codec(self.error_dtype, train.outputs, working_dtype(self.model), train.task != "regression")
-        if train.positions > 1:
-            codec = ByPosition(codec, train.positions)
+        codec = error_codec(self.error_dtype, train, working_dtype(self.model))
         local = self.windows is not None and self.windows.local
         samples = min(self.windows.size, len(train)) if local else len(train)
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
@@ -340,6 +338,12 @@ class Trainer:
             return data
         fits = self.device.type != "cuda" or 2 * data.nbytes < torch.cuda.mem_get_info(self.device)[0]
         return data.to(self.device) if fits else data
+
+
+def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype) -> Codec:
+    """How the errors of a sample are kept: a row for each of its positions. Raises InputError for a word that does not fit."""
+    codec = make_codec(error_dtype, data.outputs, dtype, data.task != "regression")
+    return codec if data.positions == 1 else ByPosition(codec, data.positions)
 
 
 def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:

@@ -10,24 +10,28 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..data.targets import LANGUAGE_MODELING
 from ..exceptions import InputError
 from ..feedback import Feedback
 from ..layers import Sequential
 from ..words import check_word
 from .convnet import ConvNet
+from .gpt import GPT
 from .mlp import MLP
 from .vit import ViT
 
 if TYPE_CHECKING:
     from ..data import Dataset
 
-MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNet}
+MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNet, "gpt": GPT}
 # The options that each kind of network has beside `activation`, and their values where they are not given.
 _TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width": 128, "dropout": 0.0, "granularity": "block"}
+_GPT = {"heads": 4, "dim": 128, "mlp_width": None, "tied": False, "feedback_shape": "shared"}
 _VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": True}
 OPTIONS: dict[str, dict[str, object]] = {
     "mlp": {"hidden": [500], "feedback_shape": "full"},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
+    "gpt": {**_TRANSFORMER, **_GPT},
     "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full"},
 }
 LARGEST = 1 << 40  # of any number in a description
@@ -48,6 +52,12 @@ def describe(model: str, data: Dataset, given: Mapping[str, object], activation:
             raise InputError(f"--{name.replace('_', '-')} has no effect with --model {model}; it belongs to {others}")
         options[name] = value
     act = {} if activation is None else {"activation": activation}
+    if (data.task == LANGUAGE_MODELING) != (model == "gpt"):
+        allowed = "gpt" if data.task == LANGUAGE_MODELING else ", ".join(kind for kind in MODELS if kind != "gpt")
+        raise InputError(f"model {model!r} does not go with the task {data.task} of {data.name!r}; allowed: {allowed}")
+    if model == "gpt":
+        sizes = {"vocabulary": data.outputs, "context": data.positions}
+        return {"model": model, **sizes, "activation": "gelu", **options} | act
     if model == "mlp":
         return {
             "model": model,
