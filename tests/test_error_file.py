@@ -272,7 +272,7 @@ def test_pages_that_were_not_synced_are_lost(broken: bool, tmp_path: Path, monke
     disk = Disk(monkeypatch)
     store, cuts, damaged = FileStore.create(tmp_path / "a", spec()), 0, 0
     if broken:
-        monkeypatch.setattr("f3triton.errors.file.MappedRows.sync", lambda self: self.map.flush())
+        monkeypatch.setattr("f3triton.errors.mapped.MappedRows.sync", lambda self: self.map.flush())
 
     def cut(label: str) -> None:
         nonlocal cuts, damaged
@@ -417,10 +417,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_and_one_that_cannot_be_written(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(f3.InputError, match=r"needs 1\.0 MiB for 2 generations of rows, and 64\.0 KiB are free"):
         FileStore.create(small_disk / "store", spec())
-    monkeypatch.setattr("f3triton.errors.file.SPARE_BYTES", 0)
+    monkeypatch.setattr("f3triton.errors.folder.SPARE_BYTES", 0)
     FileStore.create(small_disk / "store", spec()).close()
     remove_store(small_disk / "store")
-    monkeypatch.setattr("f3triton.errors.file.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    monkeypatch.setattr("f3triton.errors.folder.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     with pytest.raises(f3.InputError, match=r"cannot reserve 16\.7 KiB .*: No space left on device"):
         FileStore.create(small_disk / "store", spec(), generations=4)
     assert files(small_disk / "store") == {}
@@ -474,6 +474,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(*options, "--output-dir", tmp_path / "a") == 0
     assert f"error store: {store}, int8, 1,438 rows of 14 bytes, 19.7 KiB" in capsys.readouterr().out
     assert sorted(path.name for path in store.iterdir()) == ["errors-1.f3e", "manifest.json"]
+    data = read_manifest(store).kind.data
+    assert (data["name"], data["revision"], data["split"], data["rows"]) == ("digits", None, "train", 1438)
     assert "exists already" in fails(capsys, *options, "--output-dir", tmp_path / "b")
     assert "exists already" in fails(capsys, *options, "--dry-run")
     assert not (tmp_path / "b").exists()

@@ -23,12 +23,21 @@ class Dataset:
         task: `classification` or `regression`.
         outputs: C classes, or T numbers to predict.
         in_features: inputs of a row, K.
+        revision, split: of the source that the rows are from, where it has such.
         positions: predictions of a row: 1, or as many as a text window has tokens.
     """
 
     positions = 1
 
-    def __init__(self, name: str, inputs: Tensor, targets: Tensor, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        name: str,
+        inputs: Tensor,
+        targets: Tensor,
+        preprocessing: Preprocessing,
+        revision: str | None = None,
+        split: str | None = None,
+    ) -> None:
         if len(inputs) != len(targets):
             raise InputError(f"data set {name!r} has {len(inputs)} rows of inputs and {len(targets)} of targets")
         if not len(inputs):
@@ -37,6 +46,7 @@ class Dataset:
         self.inputs = inputs
         self.targets = targets
         self.preprocessing = preprocessing
+        self.revision, self.split = revision, split
         self._eye: dict[torch.dtype, Tensor] = {}  # [C, C] by dtype
 
     @classmethod
@@ -117,7 +127,8 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same rows on `device`; tensors already there are shared."""
-        return Dataset(self.name, self.inputs.to(device), self.targets.to(device), self.preprocessing)
+        inputs, targets = self.inputs.to(device), self.targets.to(device)
+        return Dataset(self.name, inputs, targets, self.preprocessing, self.revision, self.split)
 
     def fetch(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Inputs [M, K] of the rows `index` (int64 [M], on this device), normalised; the host does not wait."""

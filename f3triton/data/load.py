@@ -87,9 +87,13 @@ def load_dataset(
     else:
         preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
     return (
-        Dataset(label, train_inputs, train_targets, preprocessing),
-        Dataset(label, test_inputs, test_targets, preprocessing),
+        Dataset(label, train_inputs, train_targets, preprocessing, revision, _split_name(train)),
+        Dataset(label, test_inputs, test_targets, preprocessing, revision, _split_name(test)),
     )
+
+
+def _split_name(rows: Rows) -> str:
+    return rows.where.removeprefix("split ").strip("'")
 
 
 def _split_rows(

@@ -1,7 +1,8 @@
 """Where the errors of the last visit are kept."""
 
 from .codecs import ERROR_DTYPES, Codec, make_codec
-from .file import FileStore, remove_store
+from .file import FileStore
+from .folder import remove_store
 from .homes import HOMES, check_home, is_folder, make_store, pick_home
 from .memory import MemoryStore
 from .store import ErrorStore, Rows

@@ -7,10 +7,7 @@ new file is put on disk, then named in the manifest, and only then read. A crash
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import shutil
-import warnings
 import weakref
 from pathlib import Path
 
@@ -21,13 +18,9 @@ from torch import Tensor
 from ..budget import readable_bytes
 from ..exceptions import InputError
 from .faults import fault
+from .folder import check_new, lock_for_a_run, loose_files, require_same
 from .format import (
     CHUNK,
-    MANIFEST,
-    ROWS_AT,
-    ROWS_FILE,
-    SPARE_FILE,
-    TEMPORARY_FILE,
     Generation,
     Kind,
     Manifest,
@@ -41,74 +34,8 @@ from .format import (
     verify,
     write_manifest,
 )
+from .mapped import MappedRows
 from .store import ErrorStore, Rows
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-SPARE_BYTES = 1 << 20  # for manifests, old and new
-MAPPED_BYTES = 1 << 28  # of a file's pages that may be in this process's resident memory, about
-
-
-class MappedRows:
-    """The file of one generation: `rows [samples, columns]` and `written`, a bit for each, in memory that is the file."""
-
-    def __init__(self, path: Path, kind: Kind, storage: torch.dtype, writable: bool) -> None:
-        self.path, self.samples = path, kind.samples
-        self.descriptor = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
-        try:
-            size = os.fstat(self.descriptor).st_size
-            if size != kind.file_bytes:  # a mapping beyond a file's end is a crash on the first touch
-                raise InputError(f"{str(path)!r} has {size:,} bytes, but its rows need {kind.file_bytes:,}")
-            protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-            with os_errors_named(path, "map"):
-                self.map = mmap.mmap(self.descriptor, size, mmap.MAP_SHARED, protection)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch cannot know that nothing writes to a read-only mapping
-            all_bytes = torch.frombuffer(self.map, dtype=torch.uint8)
-        self.rows = all_bytes[ROWS_AT : kind.bitmap_at].view(storage).view(kind.samples, -1)
-        self.written = all_bytes[kind.bitmap_at :]  # uint8 [ceil(samples / 8)], the first sample in the lowest bit
-        self.row_pages = 2 + kind.row_bytes // mmap.PAGESIZE if size > MAPPED_BYTES else 0  # of a row, at most
-        self.touched = 0
-
-    def gather(self, index: Tensor) -> Tensor:
-        """The rows `[M, columns]` of the samples `index [M]`, copied."""
-        self._touch(len(index))
-        return self.rows.index_select(0, index)
-
-    def scatter(self, index: Tensor, rows: Tensor) -> None:
-        """Put `rows [M, columns]` in the places of the samples `index [M]`."""
-        self._touch(len(index))
-        self.rows.index_copy_(0, index, rows)
-
-    def _touch(self, rows: int) -> None:
-        """Keep resident memory bounded: pages leave this process's tables, not the system's cache, and nothing is lost."""
-        self.touched += rows * self.row_pages * mmap.PAGESIZE
-        if self.touched > MAPPED_BYTES:
-            self.forget()
-
-    def forget(self) -> None:
-        self.touched = 0
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
-
-    def sync(self) -> None:
-        """Return when all of the file is on disk. Raises InputError where it cannot be put there; that is not tried again."""
-        with os_errors_named(self.path, "write"):
-            self.map.flush()
-            os.fsync(self.descriptor)
-
-    def close(self) -> None:
-        """The mapping itself goes with the last tensor that looks into it."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
-        del self.rows, self.written, self.map
 
 
 class FileStore(ErrorStore):
@@ -144,7 +71,7 @@ class FileStore(ErrorStore):
         store = None
         try:
             check_new(folder, kind.file_bytes, generations)
-            store = cls(folder, rows, Manifest(kind), _lock(folder), max(2, generations))
+            store = cls(folder, rows, Manifest(kind), lock_for_a_run(folder), max(2, generations))
             store._tidy()
             write_manifest(folder, store.manifest)
         except BaseException:
@@ -166,10 +93,10 @@ class FileStore(ErrorStore):
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise InputError(f"error store {str(folder)!r} does not exist")
-        lock = _lock(folder)
+        lock = lock_for_a_run(folder)
         try:
             manifest = read_manifest(folder)
-            _require_same(folder, manifest.kind, _kind_of(rows))
+            require_same(folder, manifest.kind, _kind_of(rows))
         except BaseException:
             os.close(lock)
             raise
@@ -291,7 +218,7 @@ class FileStore(ErrorStore):
             return
         self._close_files()
         with contextlib.suppress(OSError):
-            for name in self._loose_files():
+            for name in loose_files(self.folder, self.manifest):
                 (self.folder / name).unlink(missing_ok=True)
         self.unlock()
 
@@ -347,16 +274,10 @@ class FileStore(ErrorStore):
             (self.folder / name).rename(self.folder / spare)
             self.spares.append(spare)
 
-    def _loose_files(self) -> list[str]:
-        """Names of the store's files that are not those of a generation: spare, begun and not committed, temporary."""
-        kept = {generation.file for generation in self.manifest.generations.values()}
-        patterns = (ROWS_FILE, SPARE_FILE, TEMPORARY_FILE)
-        return sorted(n for n in os.listdir(self.folder) if n not in kept and any(p.fullmatch(n) for p in patterns))
-
     def _tidy(self) -> None:
         """Clear away what an earlier run left half-done, and see that there is space for all the files that will be needed."""
         with os_errors_named(self.folder, "tidy"):
-            for name in self._loose_files():
+            for name in loose_files(self.folder, self.manifest):
                 (self.folder / name).unlink()
             self.spares.clear()
         self._reserve(self.files - len(self.manifest.generations))
@@ -384,73 +305,5 @@ class FileStore(ErrorStore):
         sync_folder(self.folder)
 
 
-def check_new(folder: Path, file_bytes: int, generations: int = 2) -> None:
-    """Raise InputError where no new store can be made in `folder`, as far as that can be told without writing."""
-    if os.path.lexists(folder / MANIFEST):
-        raise InputError(f"error store {str(folder)!r} exists already ({MANIFEST}); choose another folder, or remove it")
-    there = folder
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"error store {str(folder)!r} cannot be made: {str(there)!r} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"error store {str(folder)!r} cannot be made: {str(there)!r} cannot be written")
-    needed, free = max(2, generations) * file_bytes + SPARE_BYTES, shutil.disk_usage(there).free
-    if free < needed:
-        raise InputError(
-            f"error store {str(folder)!r} needs {readable_bytes(needed)} for {max(2, generations)} generations of rows, and "
-            f"{readable_bytes(free)} are free; free some space, choose another folder or a smaller error dtype"
-        )
-
-
-def remove_store(path: str | Path) -> None:
-    """Remove the files of the store in the folder `path`, if there is one; the manifest goes first. Raises InputError."""
-    folder = Path(path).expanduser()
-    if not os.path.lexists(folder / MANIFEST):
-        return
-    lock = _lock(folder)
-    try:
-        read_manifest(folder)  # whatever else has such a name stays
-        with os_errors_named(folder, "remove"):
-            (folder / MANIFEST).unlink()
-            for name in os.listdir(folder):
-                if any(pattern.fullmatch(name) for pattern in (ROWS_FILE, SPARE_FILE, TEMPORARY_FILE)):
-                    (folder / name).unlink()
-    finally:
-        os.close(lock)
-
-
 def _kind_of(rows: Rows) -> Kind:
     return Kind(rows.samples, rows.codec.width, rows.codec.word, rows.codec.row_bytes, rows.data)
-
-
-def _require_same(folder: Path, there: Kind, wanted: Kind) -> None:
-    """Raise InputError, naming the difference, where a store holds other rows than the run needs."""
-    for what, found, needed in (
-        ("the data set's identity", there.data, wanted.data),
-        ("samples", there.samples, wanted.samples),
-        ("entries in a row", there.width, wanted.width),
-        ("error dtype", there.codec, wanted.codec),
-    ):
-        if found == needed:
-            continue
-        if isinstance(found, dict) and isinstance(needed, dict):
-            name = next(key for key in (*needed, *found) if found.get(key) != needed.get(key))
-            what, found, needed = f"the data set's {name}", found.get(name), needed.get(name)
-        raise InputError(f"error store {str(folder)!r} is of another run: {what} is {found!r} there, and {needed!r} here")
-
-
-def _lock(folder: Path) -> int:
-    """A descriptor that holds the lock of a store until it is closed. Raises InputError where a run has it."""
-    if fcntl is None:
-        raise InputError("error stores in files need a POSIX system; use the home 'memory'")
-    with os_errors_named(folder, "open"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        busy = isinstance(error, BlockingIOError)
-        reason = "is in use by another run" if busy else f"cannot be locked: {error.strerror}"
-        raise InputError(f"error store {str(folder)!r} {reason}") from None
-    return descriptor

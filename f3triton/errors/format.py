@@ -13,11 +13,12 @@ import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..exceptions import InputError
@@ -186,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(kind, generations)
 
 
-def check_file(path: Path, kind: Kind, epoch: int, progress: Callable[[int], None] | None = None) -> int:
+def check_file(path: Path, kind: Kind, epoch: int) -> int:
     """Check a generation's size and header, and return the CRC-32 of all its bytes. Raises InputError."""
     descriptor = open_regular(path)
     with open(descriptor, "rb", buffering=0):
@@ -212,6 +213,15 @@ def verify(folder: Path, kind: Kind, generation: Generation) -> None:
     crc = check_file(path, kind, generation.epoch)
     if crc != generation.crc32:
         raise InputError(f"{str(path)!r} is damaged: its checksum is {crc:#010x}, and {MANIFEST} says {generation.crc32:#010x}")
+    written = 0
+    with open(open_regular(path), "rb") as file, os_errors_named(path, "read"):
+        file.seek(kind.bitmap_at)
+        while part := file.read(CHUNK):
+            written += int(np.unpackbits(np.frombuffer(part, np.uint8)).sum())
+    if written + generation.carried != kind.samples:
+        raise InputError(
+            f"{str(path)!r}: {written:,} rows were written and {generation.carried:,} carried forward, of {kind.samples:,}"
+        )
 
 
 def read_header(first: bytes, path: Path) -> tuple[Kind, int]:
@@ -235,8 +245,8 @@ def _kind(fields: _Fields) -> Kind:
     word = fields.take("codec", str)
     try:
         codec = make_codec(word, width, torch.float32)
-    except InputError as error:
-        raise InputError(f"{str(fields.path)!r}: {error}") from None
+    except InputError:
+        raise InputError(f"{str(fields.path)!r}: {fields.prefix}'codec' is {short(word)}, which is no error dtype") from None
     fields.word("codec", codec.word)
     row_bytes = fields.whole("row_bytes", codec.row_bytes, codec.row_bytes)
     data = fields.take("data", dict | None)
@@ -258,29 +268,30 @@ class _Fields:
             raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is missing")
         value = self.content[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {_short(value)}, not of the right type")
+            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {short(value)}, not of the right type")
         return value
 
     def whole(self, name: str, low: int, high: int) -> int:
         value = self.take(name, int)
         if not low <= value <= high:
             allowed = f"{low} to {high}" if low < high else str(low)
-            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {_short(value)}; allowed: {allowed}")
+            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {short(value)}; allowed: {allowed}")
         return value
 
     def word(self, name: str, allowed: str) -> str:
         value = self.take(name, str)
         if value != allowed:
-            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {_short(value)}; allowed: {allowed!r}")
+            raise InputError(f"{str(self.path)!r}: {self.prefix}{name!r} is {short(value)}; allowed: {allowed!r}")
         return value
 
     def end(self) -> None:
         unknown = sorted(self.content.keys() - self.asked)
         if unknown:
-            raise InputError(f"{str(self.path)!r}: {self.prefix}{_short(unknown[0])} is unknown")
+            raise InputError(f"{str(self.path)!r}: {self.prefix}{short(unknown[0])} is unknown")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as text for a message: printable, and not long."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -301,7 +312,7 @@ def _json(text: bytes, path: Path) -> dict:
         content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{str(path)!r} holds no valid JSON: {_short(reason)}") from None
+        raise InputError(f"{str(path)!r} holds no valid JSON: {short(reason)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds no JSON object")
     return content

@@ -11,7 +11,8 @@ from ..budget import readable_bytes
 from ..exceptions import InputError
 from ..words import check_word
 from .codecs import Codec
-from .file import FileStore, check_new
+from .file import FileStore
+from .folder import check_new
 from .format import Kind
 from .memory import MemoryStore
 from .store import ErrorStore, Rows

@@ -1,0 +1,75 @@
+"""A generation's file as tensors."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..exceptions import InputError
+from .format import ROWS_AT, Kind, open_regular, os_errors_named
+
+MAPPED_BYTES = 1 << 28  # of a file's pages that may be in this process's resident memory, about
+
+
+class MappedRows:
+    """The file of one generation: `rows [samples, columns]` and `written`, a bit for each, in memory that is the file."""
+
+    def __init__(self, path: Path, kind: Kind, storage: torch.dtype, writable: bool) -> None:
+        self.path, self.samples = path, kind.samples
+        self.descriptor = open_regular(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            size = os.fstat(self.descriptor).st_size
+            if size != kind.file_bytes:  # a mapping beyond a file's end is a crash on the first touch
+                raise InputError(f"{str(path)!r} has {size:,} bytes, but its rows need {kind.file_bytes:,}")
+            protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+            with os_errors_named(path, "map"):
+                self.map = mmap.mmap(self.descriptor, size, mmap.MAP_SHARED, protection)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch cannot know that nothing writes to a read-only mapping
+            all_bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.rows = all_bytes[ROWS_AT : kind.bitmap_at].view(storage).view(kind.samples, -1)
+        self.written = all_bytes[kind.bitmap_at :]  # uint8 [ceil(samples / 8)], the first sample in the lowest bit
+        self.row_pages = 2 + kind.row_bytes // mmap.PAGESIZE if size > MAPPED_BYTES else 0  # of a row, at most
+        self.touched = 0
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The rows `[M, columns]` of the samples `index [M]`, copied."""
+        self._touch(len(index))
+        return self.rows.index_select(0, index)
+
+    def scatter(self, index: Tensor, rows: Tensor) -> None:
+        """Put `rows [M, columns]` in the places of the samples `index [M]`."""
+        self._touch(len(index))
+        self.rows.index_copy_(0, index, rows)
+
+    def _touch(self, rows: int) -> None:
+        """Keep resident memory bounded: pages leave this process's tables, not the system's cache, and nothing is lost."""
+        self.touched += rows * self.row_pages * mmap.PAGESIZE
+        if self.touched > MAPPED_BYTES:
+            self.forget()
+
+    def forget(self) -> None:
+        self.touched = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+    def sync(self) -> None:
+        """Return when all of the file is on disk. Raises InputError where it cannot be put there; that is not tried again."""
+        with os_errors_named(self.path, "write"):
+            self.map.flush()
+            os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        """The mapping itself goes with the last tensor that looks into it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+        del self.rows, self.written, self.map
