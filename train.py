@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from f3triton.data.targets import LANGUAGE_MODELING
 from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
 from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, pick_home, remove_store
-from f3triton.feedback import LAWS
+from f3triton.feedback import LAWS, error_projection
 from f3triton.layers import FEEDBACK_SHAPES
 from f3triton.models.build import MODELS, OPTIONS, build
 from f3triton.models.build import describe as describe_network
@@ -161,6 +162,7 @@ def make_parser() -> Parser:
         choices=FEEDBACK_SHAPES,
         help="tokens or pixels have own columns or share; generated: not stored; default: full, shared (gpt)",
     )
+    add("--error-rank", type=int, metavar="R", help="keep errors times a fixed random [C, R], which all feedback goes through")
     add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
 
     add = parser.add_argument_group("training").add_argument
@@ -188,7 +190,7 @@ def make_parser() -> Parser:
         "--error-dtype",
         default="auto",
         metavar="TYPE",
-        help=f"of their entries: auto (exact), {', '.join(ERROR_DTYPES)}, top-K",
+        help=f"of their entries: auto (exact), {', '.join(ERROR_DTYPES)}, top-K, sampled-K",
     )
     add("--batch-size", type=int, default=50, metavar="N", help="samples a step")
     add("--eval-batch-size", type=int, default=1000, metavar="N", help="predictions at once in evaluation")
@@ -341,7 +343,8 @@ def make_trainer(
     """The network and its trainer: the same first weights for the same seed, whatever the method."""
     feedback, rule = feedback_and_rule(options)
     windows = {"window": options.window, "visits": options.visits, "first_visit": options.first_visit} if in_windows else {}
-    errors = {"error_store": options.error_store, "error_dtype": options.error_dtype} if in_windows else {}
+    kept = ("error_store", "error_dtype", "error_rank")
+    errors = {name: getattr(options, name) for name in kept} if in_windows else {}
     torch.manual_seed(options.seed)
     return Trainer(
         build(network, feedback),
@@ -391,7 +394,7 @@ def fit(
 def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> None:
     """An option that the method does not use is an error, not a silent nothing."""
     signal = resolve_signal(options.method, options.signal)
-    idle = {"--hidden-scale", "--link", "--mask-target", "--feedback", "--feedback-values", "--feedback-scale"}
+    idle = {"--hidden-scale", "--link", "--mask-target", "--error-rank", "--feedback", "--feedback-values", "--feedback-scale"}
     if signal is not None and signal.source != "none":
         idle = {"--link"} if signal.source == "target" else set()
     if signal is None or not signal.delayed:
@@ -414,21 +417,27 @@ def dry_budget(options: argparse.Namespace, network: dict[str, object], data: tu
     rows = min(windows.size, samples) if windows is not None and windows.local else samples
     error_bytes, line = 0, "error store: none"
     if signal is not None and signal.delayed:
-        codec = error_codec(options.error_dtype, data[0], types.working)
+        codec = error_codec(options.error_dtype, data[0], types.working, options.error_rank, options.seed)
         home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
         error_bytes, line = 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
         if not options.overwrite:
             check_home(home, rows, codec)
     batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
+    train_set, rank = data[0], options.error_rank
     if options.model == "mlp":
-        budget = mlp_budget(network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes)
+        budget = mlp_budget(
+            network["sizes"], batch, rows, rule, signal, types, data_bytes, error_bytes=error_bytes, error_width=rank
+        )
         budget.memory["feedback"] *= not network["feedback_shape"].endswith("generated")
-        return budget, line
-    train_set = data[0]
-    budget = network_budget(
-        shapes, train_set.preprocessing.shape, train_set.outputs, batch, rule, signal, types, data_bytes, error_bytes,
-        train_set.positions, tokens=train_set.task == LANGUAGE_MODELING,
-    )  # fmt: skip
+    else:
+        budget = network_budget(
+            shapes, train_set.preprocessing.shape, rank or train_set.outputs, batch, rule, signal, types, data_bytes,
+            error_bytes, train_set.positions, tokens=train_set.task == LANGUAGE_MODELING,
+        )  # fmt: skip
+    if rank is not None:
+        entries = error_projection(train_set.outputs, rank, options.seed).numel()
+        budget = replace(budget, flops=budget.flops + 2 * batch * train_set.positions * entries)
+        budget.memory["feedback"] += entries * types.working.itemsize
     return budget, line
 
 

@@ -38,16 +38,18 @@ def mlp_budget(
     data_bytes: int = 0,
     bias: bool = True,
     error_bytes: int | None = None,
+    error_width: int | None = None,
 ) -> Budget:
     """The budget of an MLP of `sizes [inputs, hidden, ..., C]`, by `signal` (None: backpropagation).
 
     Matrix products of a layer with K inputs and N outputs (batch M, error width C): forward 2MKN; weight gradient 2MKN;
     feedback 2MCN in F3; input gradient 2MKN in backpropagation, but for the first layer. Activations count the tensors
     alive at once: one layer's input, output and error signal in F3; every layer's in backpropagation and DFA.
-    `error_bytes` are those of the error store in memory, where that is not a row of the working type for each sample.
+    `error_bytes` are those of the error store in memory, where that is not a row of the working type for each sample;
+    `error_width` is C where that is not the number of outputs.
     """
     layers = list(itertools.pairwise(sizes))
-    hidden, classes = layers[:-1], sizes[-1]
+    hidden, classes = layers[:-1], error_width or sizes[-1]
     weights = [k * n for k, n in layers]
     parameters = sum(weights) + (sum(n for _, n in layers) if bias else 0)
     forward = sum(2 * batch * weight for weight in weights)

@@ -70,6 +70,7 @@ class F3Learner:
         signal: Signal,
         scale: float | str,
         store: ErrorStore | None,
+        projection: Tensor | None = None,
     ) -> None:
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
@@ -78,6 +79,7 @@ class F3Learner:
         self.hidden_learn = True  # off on a window's first visit, where there is no error yet
         self.graphs: dict[bool, GraphedStep] = {}  # by `hidden_learn`
         self.store = store  # where the signal is delayed
+        self.projection = projection  # [C, rank], see `error_projection`
 
     def use_graph(self, batch: int) -> bool:
         """Run steps of `batch` samples as a CUDA graph from now on (see `graphs`); returns False where they cannot be."""
@@ -109,8 +111,8 @@ class F3Learner:
                 for stage in self.hidden:
                     x = stage(x)
         else:
-            error = target if self.store is None else self.store.read(index)  # [M, C]
-            if signal.mask:
+            error = self.reduce(target, target) if self.store is None else self.store.read(index)  # [M, C or rank]
+            if signal.mask and self.projection is None:
                 error = error * target
             for stage in self.hidden:
                 x = stage.learn(x, error, updater, scale)
@@ -123,13 +125,20 @@ class F3Learner:
         gradient, error = updater.ops.output_error(a, target, self.loss, signal.source, signal.link)
         self.last.finish(kept, gradient.view(shape), updater)
         if self.store is not None:
-            self.store.write(index, error)
+            self.store.write(index, self.reduce(error, target))
         elif signal.current:
-            if signal.mask:
+            error = self.reduce(error, target)
+            if signal.mask and self.projection is None:
                 error = error * target
             for stage, kept in zip(self.hidden, kept_stages, strict=True):
                 stage.teach(kept, error, updater, scale)
         return a, target
+
+    def reduce(self, error: Tensor, target: Tensor) -> Tensor:
+        """What is kept of `error [M, C]`: with a projection its product with it `[M, rank]`, after the mask, else all of it."""
+        if self.projection is None:
+            return error
+        return (error * target if self.signal.mask else error) @ self.projection
 
 
 class BackpropLearner:
@@ -179,13 +188,14 @@ def make_learner(
     compute_dtype: torch.dtype | None,
     rounding_seed: int = 0,
     store: ErrorStore | None = None,
+    projection: Tensor | None = None,
 ) -> Learner:
     """The learner of a signal, with a `store` where that is delayed; backpropagation where it is None."""
     if signal is None:
         return BackpropLearner(model, data, rule, loss, compute_dtype)
     taught = list(model.stages[-1].parameters()) if signal.source == "none" else list(model.parameters())
     updater = Updater(rule, taught, ops, device, compute_dtype, rounding_seed)
-    return F3Learner(model, data, updater, loss, signal, scale, store)
+    return F3Learner(model, data, updater, loss, signal, scale, store, projection)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .exceptions import InputError
 from .kernels.generated import GeneratedFeedback
+from .seeds import derived_seed
 from .words import check_word
 
 LAWS = (
@@ -31,6 +32,20 @@ _ALIASES = {"kaiming-uniform": "kaiming", "kaiming-uniform-repeat-line": "kaimin
 _VALUES = {"trinomial": (-1.0, 0.0, 1.0), "binomial": (0.0, 1.0)}
 _TAKES_VALUES = ("discrete-uniform", "cartesian-product")
 SCALE_WORDS = ("ones", "zeros", "1/C")
+
+
+def error_projection(outputs: int, rank: int, seed: int) -> Tensor:
+    """`R [outputs, rank]`, float32 on the CPU: normal entries of variance 1 / rank, so that `e R` is about as long as `e`.
+
+    An error is then kept as `e R`, and every feedback matrix is `R B'` with `B' [rank, N]`: another law of lower rank, computed
+    exactly. Raises InputError for a rank that saves nothing.
+    """
+    if not isinstance(rank, int) or not 1 <= rank < outputs:
+        raise InputError(
+            f"error rank must be a whole number from 1 to {outputs - 1} (of {outputs} outputs), got {rank!r}"
+        )
+    generator = torch.Generator().manual_seed(derived_seed(seed, "error rank"))
+    return torch.randn(outputs, rank, generator=generator) / math.sqrt(rank)
 
 
 @dataclass(frozen=True)

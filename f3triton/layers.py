@@ -322,10 +322,13 @@ class Sequential(nn.Module):
         return x
 
     @torch.no_grad()
-    def prepare(self, example: Tensor, outputs: int, seed: int | None, positions: int = 1) -> None:
+    def prepare(
+        self, example: Tensor, outputs: int, seed: int | None, positions: int = 1, error_width: int | None = None
+    ) -> None:
         """Run `example [1, ...]` through, and draw every hidden stage's feedback matrix for the size of its output.
 
-        Nothing is drawn where `seed` is None. `positions` is the number of predictions, each of `outputs` values, for a sample.
+        Nothing is drawn where `seed` is None. `positions` is the number of predictions, each of `outputs` values, for a sample;
+        an error has `error_width` entries, `outputs` by default.
 
         Raises InputError where an input does not fit a stage, or the last stage does not give such an output.
         """
@@ -335,7 +338,8 @@ class Sequential(nn.Module):
         for position, stage in enumerate(self.stages):
             try:
                 taught = seed is not None and position < len(self) - 1
-                x = stage.prepare(x, outputs, derived_seed(seed, "feedback", position) if taught else None, positions)
+                own_seed = derived_seed(seed, "feedback", position) if taught else None
+                x = stage.prepare(x, error_width or outputs, own_seed, positions)
             except InputError as error:
                 raise InputError(f"stage {position}: {error}") from None
             except RuntimeError as error:

@@ -74,7 +74,7 @@ def network_budget(
 
     Activations: what autograd keeps of a stage for its own backward pass, and the stage's input and output: of the largest
     stage in F3, of all stages in backpropagation and DFA. Gradients: of everything in backpropagation, else the largest
-    parameter that is not a fused `Linear`'s. `positions`: error rows a sample.
+    parameter that is not a fused `Linear`'s. `classes`: entries of an error; `positions`: errors of a sample.
     """
     model = copy.deepcopy(model).train()
     x = torch.zeros(batch, *shape, device="meta", dtype=torch.int64 if tokens else torch.float32)

@@ -18,6 +18,7 @@ from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evalu
 from .errors import Codec, ErrorStore, Rows, is_folder, make_codec, make_store, pick_home
 from .errors.codecs import ByPosition, check_error_dtype
 from .exceptions import InputError
+from .feedback import error_projection
 from .feedback_alignment import FeedbackAlignmentLearner, require_linear
 from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
@@ -76,7 +77,8 @@ class Trainer:
       next ones, and what the first of these visits teaches the hidden layers; see `windows.Windows`
     - `error_store`: where the error of every sample's last visit is kept: auto (the first that fits), device, memory, or a
       folder that holds no store yet, such as `./errors`; `error_dtype`: how: auto (exactly), float32, float16, bfloat16,
-      int8, ternary, top-K (see `errors.codecs`)
+      int8, ternary, top-K, sampled-K (see `errors.codecs`); `error_rank`: keep `e R` with a fixed random `R [C, error_rank]`,
+      through which all feedback goes then (see `feedback.error_projection`)
     - `cuda_graph`: auto, on, off; by default every step of F3 and its kin on a CUDA device is one graph, where all stages
       are Linear and the data is on the device
 
@@ -107,6 +109,7 @@ class Trainer:
         first_visit: str | None = None,
         error_store: str | Path = "auto",
         error_dtype: str = "auto",
+        error_rank: int | None = None,
         cuda_graph: str = "auto",
     ) -> None:
         if not isinstance(model, Sequential):
@@ -130,7 +133,9 @@ class Trainer:
         for name, value in (("store", error_store), ("dtype", check_error_dtype(error_dtype))):
             if value != "auto" and not delayed:
                 raise InputError(f"error {name} {value!r} has no effect where no error is kept between visits; leave it out")
-        self.error_store, self.error_dtype = error_store, error_dtype
+        if error_rank is not None and (self.signal is None or self.signal.source == "none"):
+            raise InputError(f"error rank {error_rank!r} has no effect with the method {method!r}; leave it out")
+        self.error_store, self.error_dtype, self.error_rank = error_store, error_dtype, error_rank
         self.device = pick_device(device)
         self.precision = precision
         types = resolve_precision(precision, self.device, method)
@@ -185,7 +190,7 @@ class Trainer:
         else:
             self.learner = make_learner(
                 self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
-                self.compute_dtype, rounding, store,
+                self.compute_dtype, rounding, store, self._projection(train),
             )  # fmt: skip
         if self.cuda_graph != "off":
             graphed = isinstance(self.learner, F3Learner) and self.learner.use_graph(self.batch_size)
@@ -252,6 +257,7 @@ class Trainer:
             raise InputError("mask target needs one-hot targets, but the task is regression; leave the mask off")
         if self.method == "fa":
             require_linear(self.model)
+        self._projection(train)  # a rank that does not fit is an error
         last = self.model.stages[-1]
         if isinstance(last, Linear) and last.activation != "identity":
             raise InputError(
@@ -263,14 +269,14 @@ class Trainer:
         uses_feedback = self.signal is not None and self.signal.source != "none"
         with autocast(self.device, self.compute_dtype):
             seed = self.seed if uses_feedback else None
-            self.model.prepare(example.to(self.device), train.outputs, seed, train.positions)
+            self.model.prepare(example.to(self.device), train.outputs, seed, train.positions, self.error_rank)
         self.store_for(train)
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
         """(home, samples, codec) of the error store that `fit` will make; None where the method needs none."""
         if self.signal is None or not self.signal.delayed:
             return None
-        codec = error_codec(self.error_dtype, train, working_dtype(self.model))
+        codec = error_codec(self.error_dtype, train, working_dtype(self.model), self.error_rank, self.seed)
         local = self.windows is not None and self.windows.local
         samples = min(self.windows.size, len(train)) if local else len(train)
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
@@ -281,10 +287,18 @@ class Trainer:
             return None
         home, samples, codec = chosen
 
+        projection = self._projection(train)
+
         def targets(index: Tensor) -> Tensor:
-            return data.one_hot(index.to(data.device), codec.dtype).to(self.device)
+            hot = data.one_hot(index.to(data.device), codec.dtype).to(self.device)
+            return hot if projection is None else hot @ projection
 
         return make_store(home, Rows(samples, codec, self.device, targets, identity(train) if is_folder(home) else None))
+
+    def _projection(self, train: Dataset) -> Tensor | None:
+        if self.error_rank is None:
+            return None
+        return error_projection(train.outputs, self.error_rank, self.seed).to(self.device, working_dtype(self.model))
 
     def describe(self) -> str:
         """The settings that matter most, in one line."""
@@ -340,9 +354,10 @@ class Trainer:
         return data.to(self.device) if fits else data
 
 
-def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype) -> Codec:
+def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype, rank: int | None = None, seed: int = 0) -> Codec:
     """How the errors of a sample are kept: a row for each of its positions. Raises InputError for a word that does not fit."""
-    codec = make_codec(error_dtype, data.outputs, dtype, data.task != "regression")
+    classes = rank is None and data.task != "regression"
+    codec = make_codec(error_dtype, rank or data.outputs, dtype, classes, derived_seed(seed, "sampled errors"))
     return codec if data.positions == 1 else ByPosition(codec, data.positions)
 
 

@@ -159,4 +159,5 @@ class WindowOrder:
         if delayed and visit == 0 and fresh and self.windows.first_visit == "target":
             places = torch.arange(samples, device=learner.data.device)
             targets = learner.data.one_hot(places, learner.dtype)
-            learner.store.write(places.to(learner.device), targets.to(learner.device))
+            targets = targets.to(learner.device)
+            learner.store.write(places.to(learner.device), learner.reduce(targets, targets))

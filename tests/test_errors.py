@@ -122,7 +122,7 @@ def test_unknown_error_dtypes_are_refused(word: object) -> None:
 
 
 def test_top_k_needs_classes() -> None:
-    with pytest.raises(f3.InputError, match="regression"):
+    with pytest.raises(f3.InputError, match="these rows have no classes"):
         make_codec("top-2", 11, torch.float32, classification=False)
 
 

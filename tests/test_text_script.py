@@ -108,7 +108,7 @@ def test_dry_run(text: Path, capsys: pytest.CaptureFixture[str], extra: list[str
     assert run("--text", text, *SMALL, "--dry-run", *extra) == 0
     out = capsys.readouterr().out
     width = 256 if "bytes" in extra else 28
-    assert f"error store: memory, float32, 39 rows of {8 * width * 4:,} bytes ({width * 4:,} a token)" in out
+    assert f"error store: memory, float32x8, 39 rows of {8 * width * 4:,} bytes ({width * 4:,} a token)" in out
 
 
 def test_a_column(tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ class Rows:
 
     def encode(self, index: Tensor, errors: Tensor) -> Tensor:
         """Rows `[M, columns]` for `errors [M, C]` of the samples `index [M]`."""
-        return self.codec.encode(errors, self.targets(index) if self.codec.needs_target else None)
+        target = self.targets(index) if self.codec.needs_target else None
+        return self.codec.encode(errors, target, index if self.codec.needs_index else None)
 
     def first(self, index: Tensor) -> Tensor:
         """The rows `[M, columns]` of samples that were never visited: their targets."""
         target = self.targets(index)
-        return self.codec.encode(target, target)
+        return self.codec.encode(target, target, index)
 
 
 class ErrorStore:
