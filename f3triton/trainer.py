@@ -201,10 +201,11 @@ class Trainer:
                 )
         epoch_steps = steps_per_epoch(len(train), self.batch_size, self.windows)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * epoch_steps, self.warmup_steps)
+        where = torch.device("cpu") if store is not None and store.reads_ahead else train.device  # are the sample indices
         if self.windows is None:
-            choose = batches or (lambda epoch: self._batches(train, epoch))
+            choose = batches or (lambda epoch: self._batches(train, epoch, where))
         elif batches is None:
-            windowed = WindowOrder(len(train), self.batch_size, self.windows, self.seed, train.device)
+            windowed = WindowOrder(len(train), self.batch_size, self.windows, self.seed, where)
             choose = lambda epoch: windowed.batches(epoch, self.learner, view)  # noqa: E731
         else:
             raise InputError("batches of your own and windows cannot go together; leave one out")
@@ -213,7 +214,8 @@ class Trainer:
             for epoch in range(epochs):
                 began = time.perf_counter()
                 with matmul_precision(self.precision):
-                    if store is None or self.windows is not None:  # the order of windows tells the learner things on its way
+                    # The order of windows tells the learner when hidden layers learn; when that is always, it may run ahead.
+                    if store is None or (self.windows is not None and self.windows.local):
                         order = (index.to(train.device) for index in choose(epoch))
                     else:
                         order = store.plan(choose(epoch), train.device)
@@ -343,8 +345,8 @@ class Trainer:
         local = self.windows is not None and self.windows.local and self.signal is not None and self.signal.delayed
         return WindowView(data, min(self.windows.size, len(data))) if local else None
 
-    def _batches(self, data: Dataset, epoch: int) -> Iterable[Tensor]:
-        return sample_order(len(data), self.seed, epoch).to(data.device).split(self.batch_size)
+    def _batches(self, data: Dataset, epoch: int, device: torch.device) -> Iterable[Tensor]:
+        return sample_order(len(data), self.seed, epoch).to(device).split(self.batch_size)
 
     def place(self, data: Dataset | None) -> Dataset | None:
         """The data set on the trainer's device, or where it is, should it take more than half of the memory that is free."""

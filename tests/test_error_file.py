@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from test_train_script import fails, run
 from test_trainer import mlp, problem, train, weights
 
 import f3triton as f3
-from f3triton.errors import ErrorStore, FileStore, MemoryStore, Rows, faults, make_codec, remove_store
+from f3triton.errors import ErrorStore, FileStore, MemoryStore, Rows, ahead, faults, make_codec, remove_store
 from f3triton.errors.format import ROWS_AT, read_manifest, verify
+from f3triton.errors.mapped import MappedRows
 
 SAMPLES, WIDTH = 37, 5
 
@@ -176,6 +179,124 @@ def test_what_is_on_disk(tmp_path: Path) -> None:
     assert len(content) == end + 5
     entry = {"epoch": 1, "file": "errors-1.f3e", "bytes": end + 5, "crc32": zlib.crc32(content), "carried": 9}
     assert manifest == {"format": "f3triton-errors", "version": 1, "rows": described, "generations": [entry]}
+
+
+# --- reading ahead and writing behind ---
+
+
+def planned_visit(store: ErrorStore, memory: ErrorStore, batches: list[torch.Tensor]) -> None:
+    """Read and write in the order of a plan; the store in memory does the same one by one."""
+    generator = torch.Generator().manual_seed(len(batches))
+    for index, expected in zip(store.plan(iter(batches), torch.device("cpu")), batches, strict=True):
+        assert torch.equal(index, expected)
+        assert torch.equal(store.read(index), memory.read(index))
+        errors = torch.randn(len(index), WIDTH, generator=generator)
+        memory.write(index, errors)
+        store.write(index, errors)
+        errors.zero_()  # the caller's own, again
+
+
+@pytest.mark.parametrize("word", ["float32", "int8"])
+@pytest.mark.parametrize("slow", ["", "gather", "scatter"])
+def test_a_plan_with_samples_that_come_again(word: str, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, some of which share samples with those just before, and some with none; with either thread behind."""
+    if slow:
+        really = getattr(MappedRows, slow)
+
+        def slowly(self: MappedRows, *arguments: object) -> object:
+            time.sleep(0.002)
+            return really(self, *arguments)
+
+        monkeypatch.setattr(MappedRows, slow, slowly)
+    store, memory = FileStore.create(tmp_path, spec(word)), MemoryStore(spec(word))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        batches = [torch.randperm(SAMPLES, generator=generator)[:size] for size in (3, 9, 2, 2, 2, 2, 30, 1, 2, 2, 1)]
+        planned_visit(store, memory, [*torch.arange(20).split(2), *batches])
+        assert store.commit() == memory.commit()
+        assert torch.equal(store.rows, memory.rows)
+        store.release(store.epoch)
+
+
+def test_a_plan_that_ends_early_and_one_without_writes(tmp_path: Path) -> None:
+    store, memory = FileStore.create(tmp_path, spec()), MemoryStore(spec())
+    batches = list(torch.arange(SAMPLES).split(2))
+    for number, index in enumerate(store.plan(batches, torch.device("cpu"))):
+        if number == 3:
+            break
+        store.write(index, torch.full((2, WIDTH), 7.0))
+        memory.write(index, torch.full((2, WIDTH), 7.0))
+    assert store.state()["visited"].sum() == 6
+    for index in store.plan(batches, torch.device("cpu")):
+        if index[0] >= 20:
+            store.write(index, torch.full((len(index), WIDTH), 8.0))
+            memory.write(index, torch.full((len(index), WIDTH), 8.0))
+    planned_visit(store, memory, batches)
+    assert store.commit() == memory.commit() == 0
+    assert torch.equal(store.rows, memory.rows)
+
+
+def test_the_queues_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore.create(tmp_path, spec(samples=1000))
+    asked, slow = [], threading.Event()
+    really = MappedRows.scatter
+
+    def waits(self: MappedRows, *arguments: object) -> None:
+        slow.wait(5)
+        really(self, *arguments)
+
+    monkeypatch.setattr(MappedRows, "scatter", waits)
+
+    def source() -> Iterator[torch.Tensor]:
+        for index in torch.arange(1000).split(10):
+            asked.append(index)
+            yield index
+
+    plan = store.plan(source(), torch.device("cpu"))
+    for number, index in enumerate(plan):
+        assert len(asked) - number <= ahead.AHEAD
+        if number == ahead.BEHIND:
+            threading.Timer(0.05, slow.set).start()
+        store.write(index, torch.zeros(10, WIDTH))
+        assert len(store.ahead.behind) <= ahead.BEHIND
+    assert store.commit() == 0
+    assert store.ahead.waited > 0.02
+
+
+@pytest.mark.parametrize("broken", ["gather", "scatter"])
+def test_an_error_in_a_thread_ends_the_run_with_its_cause(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+    really = getattr(MappedRows, broken)
+
+    def breaks(self: MappedRows, *arguments: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise OSError(5, "Input/output error")
+        return really(self, *arguments)
+
+    monkeypatch.setattr(MappedRows, broken, breaks)
+    action = "reads" if broken == "gather" else "writes"
+    trainer = f3.Trainer(mlp(), device="cpu", batch_size=2, error_store=tmp_path / "errors")
+    with pytest.raises(RuntimeError, match=f"the thread that {action} error rows failed: .*Input/output error") as error:
+        trainer.fit(problem(), 3)
+    assert isinstance(error.value.__cause__, OSError)
+    assert trainer.result.steps < 70
+    FileStore.open(tmp_path / "errors", trainer.learner.store.spec).close()  # and the lock is free
+
+
+def test_an_error_of_the_users_own_order(tmp_path: Path) -> None:
+    def batches(epoch: int) -> Iterator[torch.Tensor]:
+        yield torch.tensor([1, 2])
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        f3.Trainer(mlp(), device="cpu", error_store=tmp_path / "errors").fit(problem(), 3, batches=batches)
+    store = FileStore.create(tmp_path / "b", spec())
+    plan = iter(store.plan([torch.tensor([99])], torch.device("cpu")))
+    index = next(plan)
+    with pytest.raises(RuntimeError, match=r"the thread that reads error rows failed: .*out of range"):
+        store.read(index)
 
 
 # --- crashes ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..budget import readable_bytes
 from ..exceptions import InputError
+from .ahead import Ahead
 from .faults import fault
 from .folder import check_new, lock_for_a_run, loose_files, require_same
 from .format import (
@@ -54,6 +56,7 @@ class FileStore(ErrorStore):
         self.spares: list[str] = []
         self.previous: MappedRows | None = None  # None before the first epoch's end: the targets
         self.current: MappedRows | None = None  # from the first write on
+        self.ahead: Ahead | None = None  # from the first plan on
         self.visited = torch.zeros(self.samples, dtype=torch.bool)  # in this epoch
 
     @classmethod
@@ -115,25 +118,67 @@ class FileStore(ErrorStore):
         """All rows as errors `[samples, C]`, in memory."""
         return self.read(torch.arange(self.samples))
 
+    @property
+    def reads_ahead(self) -> bool:
+        return True
+
+    def plan(self, batches: Iterable[Tensor], device: torch.device) -> Iterable[Tensor]:
+        """Reads the rows of batches to come, and writes those of batches gone by, while a step runs; see `ahead`."""
+        if self.ahead is None:
+            self.ahead = Ahead(self.samples, self._stored, self._put)
+        return self.ahead.plan(batches, device)
+
     def read(self, index: Tensor) -> Tensor:
-        there = index.cpu()
-        visited = self.visited.index_select(0, there)  # [M]
-        if visited.all() and len(there):
-            rows = self._written().gather(there)
-        elif self.previous is not None:
-            rows = self.previous.gather(there)
-            if visited.any():
-                rows[visited] = self._written().gather(there[visited])
+        if self._is_now(index):
+            rows, unvisited = self.ahead.read()
         else:
-            rows = self.spec.first(index.to(self.spec.device))
-            if visited.any():
-                rows[visited.to(rows.device)] = self._written().gather(there[visited]).to(rows.device)
-        return self.codec.decode(rows.to(self.spec.device))
+            self._drain()
+            rows, unvisited = self._stored(index.cpu())
+        device = self.spec.device
+        if rows is not None:
+            rows = rows.to(device, non_blocking=True)
+        if unvisited is not None:  # never in an epoch but the first
+            first = self.spec.first(index.to(device))
+            rows = first if rows is None else torch.where(unvisited.to(device)[:, None], first, rows)
+        return self.codec.decode(rows)
 
     def write(self, index: Tensor, errors: Tensor) -> None:
         rows = self.spec.encode(index, errors)
-        there = index.cpu()
-        self._written().scatter(there, rows.cpu())
+        if not self._is_now(index):
+            self._drain()
+            self._put(index.cpu(), rows.cpu())
+            return
+        if rows.data_ptr() == errors.data_ptr():
+            rows = rows.clone()  # it is written later
+        self.ahead.write(rows)
+
+    def _is_now(self, index: Tensor) -> bool:
+        """Whether it is the batch of the plan whose turn it is; others are read and written at once."""
+        return self.ahead is not None and self.ahead.now is not None and self.ahead.now.index is index
+
+    def _drain(self) -> None:
+        if self.ahead is not None:
+            self.ahead.drain()
+
+    def _stored(self, there: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(rows `[M, columns]`, which of them are not there `[M]`) of the samples `there [M]`; None for none of them.
+
+        What is not there are the targets, before the first epoch's end.
+        """
+        visited = self.visited.index_select(0, there)  # [M]
+        if self.previous is None:
+            if not visited.any():
+                return None, ~visited
+            return self._written().gather(there), None if visited.all() else ~visited
+        if visited.all() and len(there):
+            return self._written().gather(there), None
+        rows = self.previous.gather(there)
+        if visited.any():
+            rows[visited] = self._written().gather(there[visited])
+        return rows, None
+
+    def _put(self, there: Tensor, rows: Tensor) -> None:
+        self._written().scatter(there, rows)
         self.visited.index_fill_(0, there, True)
         fault("store:wrote")
 
@@ -160,6 +205,7 @@ class FileStore(ErrorStore):
     # --- generations ---
 
     def commit(self) -> int:
+        self._drain()
         current = self._written()
         fault("store:commit")
         carried = 0
@@ -196,6 +242,7 @@ class FileStore(ErrorStore):
 
     def state(self) -> dict[str, Tensor]:
         """The rows that this epoch has written so far, and which they are; those of epochs before are in their files."""
+        self._drain()
         there = self.visited.nonzero()[:, 0]
         rows = self._written().gather(there) if len(there) else torch.empty(0, self.codec.columns, dtype=self.codec.storage)
         return {"rows": rows, "visited": self.visited.clone()}
@@ -216,6 +263,8 @@ class FileStore(ErrorStore):
         """Give back the lock and all files but those of the generations that are kept; what was not committed is lost."""
         if not self.unlock.alive:
             return
+        if self.ahead is not None:
+            self.ahead.close()
         self._close_files()
         with contextlib.suppress(OSError):
             for name in loose_files(self.folder, self.manifest):
@@ -223,7 +272,8 @@ class FileStore(ErrorStore):
         self.unlock()
 
     def describe(self) -> dict[str, object]:
-        return {**super().describe(), "generations": sorted(self.manifest.generations)}
+        waited = 0.0 if self.ahead is None else round(self.ahead.waited, 3)
+        return {**super().describe(), "generations": sorted(self.manifest.generations), "waited_seconds": waited}
 
     def _go_to(self, epoch: int) -> None:
         """To the beginning of `epoch`, after everything that it needs has been checked."""
@@ -233,6 +283,7 @@ class FileStore(ErrorStore):
             raise InputError(f"error store {self.home!r} cannot go to epoch {epoch}; it keeps the rows of epochs: {kept}")
         if before is not None and (self.previous is None or self.epoch != epoch):
             verify(self.folder, self.kind, before)
+        self._drain()
         self._close_files()
         self._drop([g for g in self.manifest.generations.values() if g.epoch >= epoch])
         self._tidy()

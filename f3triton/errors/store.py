@@ -87,6 +87,11 @@ class ErrorStore:
         """Whether reading and writing need the device only, so that they can be part of a CUDA graph."""
         return False
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `plan` takes batches long before their turn, and wants them on the host."""
+        return False
+
     def plan(self, batches: Iterable[Tensor], device: torch.device) -> Iterable[Tensor]:
         """The same batches of sample indices `[M]` in the same order, on `device`, to learn from; a store may look ahead."""
         return (index.to(device) for index in batches)
