@@ -27,7 +27,7 @@ from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
 from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, pick_home, remove_store
 from f3triton.feedback import LAWS, error_projection
-from f3triton.layers import FEEDBACK_SHAPES
+from f3triton.layers import FEEDBACK_AT, FEEDBACK_SHAPES
 from f3triton.models.build import MODELS, OPTIONS, build
 from f3triton.models.build import describe as describe_network
 from f3triton.models.transformer import GRANULARITIES
@@ -162,6 +162,7 @@ def make_parser() -> Parser:
         choices=FEEDBACK_SHAPES,
         help="tokens or pixels have own columns or share; generated: not stored; default: full, shared (gpt)",
     )
+    add("--feedback-at", choices=FEEDBACK_AT, help=f"gpt: outputs as they are, or normalised{own('feedback_at')}")
     add("--error-rank", type=int, metavar="R", help="keep errors times a fixed random [C, R], which all feedback goes through")
     add("--hidden-scale", type=number_or_word, default=1.0, metavar="S", help="factor on the hidden gradient; mean: 1/batch")
 

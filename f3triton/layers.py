@@ -23,6 +23,7 @@ from .rules import Updater
 from .seeds import derived_seed
 from .words import check_word
 
+KEEPS_OUTPUT = ("identity", "tanh", "sigmoid", "relu")  # their slopes come from the output; those of others from its input
 _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
     "tanh": torch.tanh,
@@ -35,6 +36,8 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
+FEEDBACK_AT = ("output", "normalised")
+NORM_EPS = 1e-5
 
 
 def not_shared(feedback_shape: str) -> str:
@@ -49,7 +52,12 @@ class Stage(nn.Module):
     `feedback_shape` `full`, `units` are all elements of a sample's output; with `shared` the features of one token (the last of
     `[M, tokens, features]`, or the channels of `[M, channels, height, width]`), and all tokens or pixels share the matrix.
     `generated` and `shared-generated` are the same with a matrix that is not stored: its entries come from a hash.
+
+    `feedback_at` is where `e B` is put: at the `output` h, or, with `normalised`, at its layer normalisation without scale and
+    shift, through which it comes to h as a gradient does. Then nothing teaches h to grow.
     """
+
+    feedback_at = "output"
 
     def __init__(self, feedback: str | Feedback | Tensor, feedback_shape: str = "full") -> None:
         super().__init__()
@@ -119,7 +127,14 @@ class Stage(nn.Module):
             self.feedback_matrix = self.feedback_matrix.to(like.device)
 
     def signal(self, error: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale (e B)` in the shape of the output `h`, from `error`: a row for each sample, or for each of its tokens."""
+        """What teaches the output `h`, in its shape: `scale (e B)`, at `h` or before its normalisation (see `feedback_at`).
+
+        `error` has a row for each sample, or for each of its tokens.
+        """
+        signal = self._project(error, h, scale)
+        return signal if self.feedback_at == "output" else through_norm(signal, h)
+
+    def _project(self, error: Tensor, h: Tensor, scale: float) -> Tensor:
         matrix, tokens = self.feedback, h.numel() // len(error)  # what one error row has to teach
         units = matrix.shape[1]
         if units == tokens:
@@ -150,6 +165,15 @@ class Stage(nn.Module):
     def finish(self, kept: object, gradient: Tensor, updater: Updater) -> None:
         """Update a last stage from the exact gradient at its output, in the output's shape."""
         raise NotImplementedError
+
+
+def through_norm(gradient: Tensor, h: Tensor) -> Tensor:
+    """The gradient at `h [..., N]` for one at its layer normalisation over the last dimension."""
+    shape = [h.shape[-1]]
+    h = h.contiguous()
+    _, mean, deviation = torch.ops.aten.native_layer_norm(h, shape, None, None, NORM_EPS)
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(gradient.contiguous(), h, shape, mean, deviation, None, None, [True, False, False])[0]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -191,7 +215,8 @@ class Linear(Stage):
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
         u = updater
         shape = x.shape[:-1]
-        if self.feedback.shape[1] != self.out_features or len(error) != shape.numel():
+        direct = self.feedback_at == "output" and self.feedback.shape[1] == self.out_features and len(error) == shape.numel()
+        if not direct:
             return super().learn(x, error, updater, scale)
         if u.compute_dtype is not None:
             x = x.to(u.compute_dtype)
@@ -225,7 +250,8 @@ class Linear(Stage):
 
     def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:
         slope_from = kept[1]  # [rows, N]
-        h = slope_from if self.output_shape is None else slope_from.view(-1, *self.output_shape)
+        h = slope_from if self.feedback_at == "output" or self.activation in KEEPS_OUTPUT else self._act(slope_from)
+        h = h if self.output_shape is None else h.view(-1, *self.output_shape)
         self._update(kept, self.signal(error, h, scale).reshape(slope_from.shape), updater)
 
     def finish(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
@@ -280,7 +306,8 @@ class LayerNorm(Stage):
         return normal * self.weight + self.bias, normal
 
     def teach(self, kept: Tensor, error: Tensor, updater: Updater, scale: float) -> None:
-        self.finish(kept, self.signal(error, kept, scale), updater)
+        h = kept if self.feedback_at == "output" else kept * self.weight + self.bias
+        self.finish(kept, self.signal(error, h, scale), updater)
 
     def finish(self, kept: Tensor, gradient: Tensor, updater: Updater) -> None:
         by_feature = gradient.flatten(0, -2), kept.flatten(0, -2)  # [rows, features]

@@ -39,7 +39,8 @@ def train(model: f3.models.GPT, data: TextDataset, epochs: int = 3, **settings) 
 class SecondFormulation:
     """The same network from its tensors alone: one surrogate loss `sum(h * e B)` a stage, and cross-entropy at the head."""
 
-    def __init__(self, model: f3.models.GPT, depth: int, heads: int, layer: bool) -> None:
+    def __init__(self, model: f3.models.GPT, depth: int, heads: int, layer: bool, normalised: bool) -> None:
+        self.normalised = normalised
         self.p = {name: tensor.detach().clone().requires_grad_() for name, tensor in model.state_dict().items()}
         self.feedback = {
             name: module.feedback_matrix.clone()
@@ -60,7 +61,7 @@ class SecondFormulation:
             signal = torch.einsum("mtc,cn->mtn", e, matrix)
         else:
             signal = torch.einsum("mtc,ctn->mtn", e, matrix.view(-1, t, n))
-        self.surrogates.append((h * signal).sum())
+        self.surrogates.append(((functional.layer_norm(h, (n,)) if self.normalised else h) * signal).sum())
         return h.detach()
 
     def norm(self, name: str, x: Tensor, error: Tensor | None) -> Tensor:
@@ -106,13 +107,15 @@ class SecondFormulation:
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 @pytest.mark.parametrize("feedback_shape", ["shared", "full"])
+@pytest.mark.parametrize("feedback_at", ["output", "normalised"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_equals_a_second_formulation(data, granularity: str, feedback_shape: str, tied: bool) -> None:
+def test_equals_a_second_formulation(data, granularity: str, feedback_shape: str, feedback_at: str, tied: bool) -> None:
     train_set = data[0]
-    model = make(train_set, granularity=granularity, feedback_shape=feedback_shape, tied=tied)
+    settings = {"granularity": granularity, "feedback_shape": feedback_shape, "feedback_at": feedback_at, "tied": tied}
+    model = make(train_set, **settings)
     trainer = f3.Trainer(model, optimizer=f3.SGD(lr=0.05), precision="float64", lr_schedule="constant", hidden_scale=0.01)
     trainer.check(train_set, None, 1)
-    second = SecondFormulation(model, 2, 2, granularity == "layer")
+    second = SecondFormulation(model, 2, 2, granularity == "layer", feedback_at == "normalised")
     second.feedback = {name: 0.01 * matrix for name, matrix in second.feedback.items()}
     batches = [torch.tensor(b) for b in ([0, 5, 3], [2, 1], [4, 6, 7])]
     trainer.fit(train_set, 3, batches=lambda epoch: batches)
@@ -120,7 +123,7 @@ def test_equals_a_second_formulation(data, granularity: str, feedback_shape: str
     for index in batches * 3:
         ids, targets = train_set.inputs[index].long(), train_set.targets[index].long()
         errors[index] = second.step(ids, targets, errors[index].flatten(0, 1), 0.05).view(len(index), CONTEXT, -1)
-    start = make(train_set, granularity=granularity, feedback_shape=feedback_shape, tied=tied).double().state_dict()
+    start = make(train_set, **settings).double().state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, second.p[name].detach(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         assert not torch.equal(tensor, start[name]), f"{name} has not learned"

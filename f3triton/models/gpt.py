@@ -9,8 +9,9 @@ from torch.nn import functional
 from ..block import Block
 from ..exceptions import InputError
 from ..feedback import Feedback
-from ..layers import LayerNorm, Linear, Sequential, Stage
+from ..layers import FEEDBACK_AT, LayerNorm, Linear, Sequential, Stage
 from ..rules import Updater
+from ..words import check_word
 from .transformer import TransformerBlock, as_stage
 
 
@@ -34,8 +35,8 @@ class TokenEmbedding(Stage):
     ) -> None:
         super().__init__(feedback, feedback_shape)
         self.vocabulary, self.context, self.dropout = vocabulary, context, dropout
-        self.weight = None if tied is not None else nn.Parameter(0.02 * torch.randn(vocabulary, dim))
-        self.position = nn.Parameter(0.02 * torch.randn(context, dim))
+        self.weight = None if tied is not None else nn.Parameter(dim**-0.5 * torch.randn(vocabulary, dim))
+        self.position = nn.Parameter(dim**-0.5 * torch.randn(context, dim))
         self._tied = () if tied is None else (tied,)  # in a tuple it is no part of this stage
 
     def vectors(self) -> Tensor:
@@ -84,6 +85,9 @@ class GPT(Sequential):
     `tied`: the head's weight is the tokens' embedding too. The head owns it, and its exact gradient is all that it learns from;
     the embedding reads it, and learns positions only. So the first stage depends on the last one.
 
+    `feedback_at`: see `Stage`. At the outputs themselves the residual stream grows without bounds, and little is learned.
+    Token vectors begin with a length of about 1, and every block as the identity.
+
     `mlp_width` is 4 `dim` by default. Raises InputError for sizes below 1, or heads that do not divide the dimension.
     """
 
@@ -102,6 +106,7 @@ class GPT(Sequential):
         granularity: str = "block",
         feedback: str | Feedback = "trinomial",
         feedback_shape: str = "shared",
+        feedback_at: str = "normalised",
     ) -> None:
         self.settings = {key: value for key, value in locals().items() if key not in ("self", "__class__", "feedback")}
         for name, value in (("vocabulary", vocabulary), ("context", context), ("depth", depth), ("dim", dim)):
@@ -115,11 +120,19 @@ class GPT(Sequential):
             )
             for _ in range(depth)
         ]
+        for block in blocks:
+            for last in (block.attention.out, block.fall):
+                if isinstance(last, Linear):
+                    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
         head = Linear(dim, vocabulary, bias=False)
-        nn.init.normal_(head.weight, std=0.02)
+        nn.init.normal_(head.weight, std=dim**-0.5 if tied else 0.02)
         embedding = TokenEmbedding(vocabulary, context, dim, dropout, feedback, feedback_shape, head if tied else None)
         stages = [as_stage(block, granularity, feedback, feedback_shape) for block in blocks]
         super().__init__(embedding, *stages, Block(nn.Sequential(LayerNorm(dim), head)))
+        check_word("feedback at", feedback_at, FEEDBACK_AT)
+        for module in (module for stage in self.stages[:-1] for module in stage.modules()):
+            if isinstance(module, Stage):
+                module.feedback_at = feedback_at
 
     def config(self) -> dict[str, object]:
         """What `load` needs to build the same network again."""
