@@ -21,7 +21,8 @@ from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 import f3triton as f3
 from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
-from f3triton.data import Dataset
+from f3triton.data import Dataset, StreamDataset
+from f3triton.data.streams import BUFFER, STATISTICS
 from f3triton.data.targets import LANGUAGE_MODELING
 from f3triton.diagnostics import Diagnostics, summary_lines
 from f3triton.engine import Diverged, evaluate
@@ -41,6 +42,7 @@ from f3triton.runs import FORMAT, RunFolder, read_json
 from f3triton.schedules import SCHEDULES
 from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
+from f3triton.streaming import check_stream
 from f3triton.summary import summarise, versions
 from f3triton.trainer import SWITCH, FitResult, Record, Trainer, error_codec, pick_device, test_record
 from f3triton.windows import DEFAULT_VISITS, FIRST_VISITS, Windows, check_epochs, resolve_windows, steps_per_epoch
@@ -123,9 +125,12 @@ def make_parser() -> Parser:
         "--max-train-samples",
         type=int,
         metavar="N",
-        help="train on N samples drawn by the seed (of a text: the first); default: all",
+        help="train on N samples drawn by the seed (of a text, a stream: the first); default: all",
     )
     add("--max-test-samples", type=int, metavar="N", help="test on N samples, likewise; default: all")
+    add("--streaming", action="store_true", help="read the data as it comes, in windows, and never hold all of it")
+    add("--shuffle-buffer", type=int, metavar="N", help=f"rows of a stream that are mixed with one another; default: {BUFFER}")
+    add("--statistics-rows", type=int, metavar="N", help=f"of a stream, for means, classes and so on; default: {STATISTICS}")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=tuple(MODELS), help="kind of network; default: mlp, of a text gpt")
@@ -237,6 +242,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; those of a recipe are defaults, which others override."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.streaming:  # one pass over the stream
+        parser.set_defaults(window="auto", epochs=options.visits or DEFAULT_VISITS)
+        options = parser.parse_args(arguments)
     if options.recipe is not None:
         name, run = split_name(options.recipe)
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
@@ -264,6 +272,9 @@ def title_of(network: dict[str, object]) -> str:
 
 
 def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    for option in ("shuffle_buffer", "statistics_rows"):
+        if getattr(options, option) is not None and not options.streaming:
+            raise f3.InputError(f"--{option.replace('_', '-')} has no effect without --streaming; leave it out")
     if options.text is not None:
         return load_text(options)
     if options.task == LANGUAGE_MODELING:
@@ -274,7 +285,11 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     source = options.dataset
     if options.recipe is not None:
         source = open_data(read_recipe(split_name(options.recipe)[0]), source)
-    data = f3.load_dataset(
+    load, of_stream = f3.load_dataset, {}
+    if options.streaming:
+        given = {"shuffle_buffer": options.shuffle_buffer, "statistics_rows": options.statistics_rows}
+        load, of_stream = f3.stream_dataset, {name: value for name, value in given.items() if value is not None}
+    data = load(
         source,
         config=options.dataset_config,
         revision=options.revision,
@@ -288,6 +303,7 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
         max_train_samples=options.max_train_samples,
         max_test_samples=options.max_test_samples,
         seed=options.seed,
+        **of_stream,
     )
     if not isinstance(source, str):  # a table as the recipe has it
         for part in data:
@@ -298,8 +314,8 @@ def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
 def load_text(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     if options.task not in ("auto", LANGUAGE_MODELING):
         raise f3.InputError(f"--text is for the task {LANGUAGE_MODELING!r}, got --task {options.task}")
-    for option in ("target", "features", "image"):
-        if getattr(options, option) is not None:
+    for option in ("target", "features", "image", "streaming"):
+        if getattr(options, option) not in (None, False):
             raise f3.InputError(f"--{option} has no effect with --text; leave it out")
     settings = {name: getattr(options, name) for name in ("tokenizer", "context", "test_fraction")}
     return f3.load_text(
@@ -344,6 +360,8 @@ def make_trainer(
     """The network and its trainer: the same first weights for the same seed, whatever the method."""
     feedback, rule = feedback_and_rule(options)
     windows = {"window": options.window, "visits": options.visits, "first_visit": options.first_visit} if in_windows else {}
+    if options.streaming and not in_windows:
+        windows = {"window": options.window, "visits": options.visits}
     kept = ("error_store", "error_dtype", "error_rank")
     errors = {name: getattr(options, name) for name in kept} if in_windows else {}
     torch.manual_seed(options.seed)
@@ -464,6 +482,10 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     for line in train_set.preprocessing.describe():
         say(f"  {line}")
 
+    if isinstance(train_set, StreamDataset):
+        check_stream(train_set, windows)
+        if options.diagnose is not None:
+            raise f3.InputError("--diagnose looks at the same samples again and again, which a stream does not keep")
     network = network_of(options, train_set)
     if options.dry_run:
         budget, line = dry_budget(options, network, data)

@@ -9,7 +9,7 @@
 from . import kernels, models
 from .block import Block, Layers
 from .convert import convert
-from .data import Dataset, load_dataset, load_text
+from .data import Dataset, load_dataset, load_text, stream_dataset
 from .diagnostics import Diagnostics
 from .exceptions import InputError
 from .feedback import Feedback
@@ -42,4 +42,5 @@ __all__ = [
     "load_dataset",
     "load_text",
     "models",
+    "stream_dataset",
 ]

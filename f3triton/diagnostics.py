@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import Dataset
+from .data import Dataset, StreamDataset
 from .engine import F3Learner, batch, mean_loss, working_dtype
 from .exceptions import InputError
 from .kernels.eager import output_error
@@ -47,6 +47,8 @@ class Diagnostics:
     def __init__(self, trainer: Trainer, train: Dataset, samples: int = 512) -> None:
         if samples < 4:
             raise InputError(f"diagnostics need at least 4 samples, got {samples}")
+        if isinstance(train, StreamDataset):
+            raise InputError("diagnostics (--diagnose) look at the same samples again and again, which a stream does not keep")
         self.trainer, self.train = trainer, train
         generator = torch.Generator().manual_seed(trainer.seed)
         self.index = torch.randperm(len(train), generator=generator)[: min(samples, len(train))]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, StreamDataset
 from .data.identity import identity
 from .data.targets import LANGUAGE_MODELING
 from .engine import Data, Diverged, F3Learner, Figures, Learner, Progress, evaluate, make_learner, run_epoch, working_dtype
@@ -28,6 +28,7 @@ from .rules import Updater, make_rule
 from .schedules import make_schedule
 from .seeds import check_seed, derived_seed, sample_order
 from .signals import resolve_loss, resolve_signal
+from .streaming import StreamOrder, StreamView, check_stream
 from .windows import WindowOrder, WindowView, check_epochs, resolve_windows, steps_per_epoch
 from .words import check_word
 
@@ -181,12 +182,12 @@ class Trainer:
         self.check(train, test, epochs, eval_every)
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
-        view = self._view(train)
+        view = self._view(train, epochs)
         store = self._make_store(train, view or train)
         rounding = derived_seed(self.seed, "rounding")
         if self.method == "fa":
             updater = Updater(self.rule, list(self.model.parameters()), self.ops, self.device, self.compute_dtype, rounding)
-            self.learner = FeedbackAlignmentLearner(self.model, train, updater, loss, self.seed)
+            self.learner = FeedbackAlignmentLearner(self.model, view or train, updater, loss, self.seed)
         else:
             self.learner = make_learner(
                 self.model, view or train, self.rule, self.ops, self.device, loss, self.signal, self.hidden_scale,
@@ -205,7 +206,8 @@ class Trainer:
         if self.windows is None:
             choose = batches or (lambda epoch: self._batches(train, epoch, where))
         elif batches is None:
-            windowed = WindowOrder(len(train), self.batch_size, self.windows, self.seed, where)
+            make_order = StreamOrder if isinstance(train, StreamDataset) else WindowOrder
+            windowed = make_order(len(train), self.batch_size, self.windows, self.seed, where)
             choose = lambda epoch: windowed.batches(epoch, self.learner, view)  # noqa: E731
         else:
             raise InputError("batches of your own and windows cannot go together; leave one out")
@@ -234,6 +236,8 @@ class Trainer:
         finally:
             if store is not None:
                 store.close()
+            if isinstance(view, StreamView):
+                view.close()
         return result
 
     def check(
@@ -252,6 +256,8 @@ class Trainer:
             raise InputError(
                 f"the test set is {test.task} with {test.outputs} outputs, the training set {train.task} with {train.outputs}"
             )
+        if isinstance(train, StreamDataset):
+            check_stream(train, self.windows)
         resolve_loss(self.loss, train.task)
         steps = epochs * steps_per_epoch(len(train), self.batch_size, self.windows)
         make_schedule(self.lr_schedule, self.rule.lr, steps, self.warmup_steps)
@@ -340,8 +346,10 @@ class Trainer:
             raise Diverged(step, figures.loss)
         return test_record(test, figures)
 
-    def _view(self, data: Dataset) -> WindowView | None:
-        """The data set by windows, where its error rows are kept for one window only."""
+    def _view(self, data: Dataset, epochs: int) -> WindowView | StreamView | None:
+        """The data set by windows, where its error rows are kept for one window only, or where it is a stream."""
+        if isinstance(data, StreamDataset):
+            return StreamView(data, self.windows, self.seed, self.device, epochs // self.windows.visits)
         local = self.windows is not None and self.windows.local and self.signal is not None and self.signal.delayed
         return WindowView(data, min(self.windows.size, len(data))) if local else None
 

@@ -87,8 +87,8 @@ def steps_per_epoch(samples: int, batch_size: int, windows: Windows | None) -> i
     """Steps in which as many samples are visited as the data set has."""
     if windows is None:
         return math.ceil(samples / batch_size)
-    sizes = [min(windows.size, samples - start) for start in range(0, samples, windows.size)]
-    return sum(math.ceil(size / batch_size) for size in sizes)
+    full, rest = divmod(samples, windows.size)
+    return full * math.ceil(windows.size / batch_size) + math.ceil(rest / batch_size)
 
 
 class WindowView:
@@ -122,6 +122,7 @@ class WindowOrder:
     def __init__(self, samples: int, batch_size: int, windows: Windows, seed: int, device: str | torch.device = "cpu") -> None:
         self.samples, self.batch_size, self.windows, self.seed, self.device = samples, batch_size, windows, seed, device
         self.steps_per_epoch = steps_per_epoch(samples, batch_size, windows)
+        self._order: tuple[int, Tensor] | None = None  # of a pass
 
     def batches(self, epoch: int, learner: object, view: WindowView | None, skip: int = 0) -> Iterator[Tensor]:
         """An epoch's batches `[batch]` after the first `skip`, as sample indices, or as places in `view`.
@@ -134,24 +135,33 @@ class WindowOrder:
 
     def _pass(self, number: int, learner: object, view: WindowView | None, skip: int) -> Iterator[Tensor]:
         windows = self.windows
-        for position, samples in enumerate(sample_order(self.samples, self.seed, number).split(windows.size)):
-            steps = math.ceil(len(samples) / self.batch_size)
+        for position in range(math.ceil(self.samples / windows.size)):
+            length = min(windows.size, self.samples - position * windows.size)
+            steps = math.ceil(length / self.batch_size)
             if skip >= steps * windows.visits:
                 skip -= steps * windows.visits
                 continue
-            if view is not None:
-                view.enter(samples)
+            samples = self._enter(number, position, length, view)
             for visit in range(windows.visits):
                 if skip >= steps:
                     skip -= steps
                     continue
                 if isinstance(learner, F3Learner):
-                    self._begin(learner, visit, len(samples), fresh=skip == 0)
+                    self._begin(learner, visit, length, fresh=skip == 0)
                 seed = derived_seed(self.seed, "visit", number, position, visit)
-                places = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+                places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
                 index = (samples[places] if view is None else places).to(self.device)
                 yield from index.split(self.batch_size)[skip:]
                 skip = 0
+
+    def _enter(self, number: int, position: int, length: int, view: WindowView | None) -> Tensor:
+        """The sample indices `[length]` of a window of pass `number`, which the view is shown."""
+        if self._order is None or self._order[0] != number:
+            self._order = number, sample_order(self.samples, self.seed, number)
+        samples = self._order[1][position * self.windows.size :][:length]
+        if view is not None:
+            view.enter(samples)
+        return samples
 
     def _begin(self, learner: F3Learner, visit: int, samples: int, fresh: bool) -> None:
         delayed = learner.store is not None

@@ -7,6 +7,7 @@
 from .dataset import Dataset
 from .load import load_dataset
 from .preprocessing import Preprocessing
+from .streams import StreamDataset, stream_dataset
 from .text import TextDataset, load_text
 
-__all__ = ["Dataset", "Preprocessing", "TextDataset", "load_dataset", "load_text"]
+__all__ = ["Dataset", "Preprocessing", "StreamDataset", "TextDataset", "load_dataset", "load_text", "stream_dataset"]

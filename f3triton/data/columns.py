@@ -96,11 +96,11 @@ class Rows:
 
 
 def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Rows:
-    """Rows from a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset`; only columns `names`."""
+    """Rows from `Rows`, a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset`; columns `names`."""
     import pyarrow as pa
 
-    if hasattr(raw, "with_format"):
-        rows = Rows.from_dataset(raw, where)
+    if isinstance(raw, Rows) or hasattr(raw, "with_format"):
+        rows = raw if isinstance(raw, Rows) else Rows.from_dataset(raw, where)
         for name in names:
             rows.require(name)
         return rows

@@ -14,9 +14,13 @@ SAMPLED = 64  # rows that are hashed
 
 
 def identity(data: Data) -> dict[str, str | int | None]:
-    """Name, revision, split and rows of a data set, and a hash of the inputs and targets of 64 rows spread over it."""
-    index = torch.linspace(0, len(data) - 1, min(SAMPLED, len(data)), dtype=torch.float64).long().to(data.device)
+    """Name, revision, split and rows of a data set, and a hash of the inputs and targets of 64 rows spread over it.
+
+    Of a stream, these are the first 64.
+    """
     inputs = getattr(data, "inputs", None)  # raw ones do not depend on the device's arithmetic
+    held = len(data) if inputs is None else len(inputs)  # a stream holds its first rows only
+    index = torch.linspace(0, held - 1, min(SAMPLED, held), dtype=torch.float64).long().to(data.device)
     inputs = data.fetch(index, torch.float32) if inputs is None else inputs.index_select(0, index)
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (inputs, data.one_hot(index, torch.float64)):

@@ -21,13 +21,16 @@ DECODER_VERSION = b"1"  # part of the key of cached images: change it when the s
 WORTH_CACHING_SECONDS = 0.5
 
 
-def load_images(rows: Rows, name: str) -> Tensor:
+def load_images(rows: Rows, name: str, cached: bool = True) -> Tensor:
     """The images of a column, uint8 [n, C, H, W]; C is 1 if all are grey, else 3.
 
+    Where `cached`, what took long to decode is kept on disk for the next time.
     Raises InputError: an image missing or unreadable, or of another size than the first.
     """
     if kind_of(rows, name)[0] == PIXELS:
         return _stack((image for _, piece in rows.pieces(name) for image in _pixel_rows(piece, rows, name)), rows, name)
+    if not cached:
+        return _decode_all(rows, name)
     key = hashlib.blake2b(DECODER_VERSION, digest_size=20)
     for data in _encoded(rows, name):
         key.update(len(data).to_bytes(8, "little"))
@@ -35,12 +38,16 @@ def load_images(rows: Rows, name: str) -> Tensor:
     pixels = cache.read(key.hexdigest(), len(rows))
     if pixels is None:
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
-            pixels = _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name)
+        pixels = _decode_all(rows, name)
         if time.perf_counter() - start > WORTH_CACHING_SECONDS:
             cache.write(key.hexdigest(), pixels)
     return pixels
+
+
+def _decode_all(rows: Rows, name: str) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
+        return _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name)
 
 
 def convert_images(values: Iterable[Any], name: str, where: str = "the rows given") -> Tensor:

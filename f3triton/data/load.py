@@ -75,6 +75,22 @@ def load_dataset(
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
     test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
 
+    return encode(label, revision, every, train, test, notes, target, features, image, task)
+
+
+def encode(
+    label: str,
+    revision: str | None,
+    every: Rows,
+    train: Rows,
+    test: Rows,
+    notes: list[str],
+    target: str | Sequence[str] | None,
+    features: str | Sequence[str] | None,
+    image: str | None,
+    task: str,
+) -> tuple[Dataset, Dataset]:
+    """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`."""
     targets = choose_target(every, target)
     for column in targets:
         test.require(column)

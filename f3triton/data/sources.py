@@ -19,15 +19,24 @@ READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json",
 HUB_TIMEOUT_SECONDS = 10.0
 
 
-def open_source(source: Any, config: str | None = None, revision: str | None = None) -> tuple[str, dict[str, Any]]:
-    """The data set's name, and its splits as `datasets.Dataset`s.
+def open_source(
+    source: Any, config: str | None = None, revision: str | None = None, streaming: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """The data set's name, and its splits as `datasets.Dataset`s, or as `datasets.IterableDataset`s for `streaming`.
 
     `source` is `"digits"`, a path to a file or folder, the name of a data set on the hub, or a data set already loaded.
     Raises InputError: nothing of that name; unreadable content; the hub cannot be reached.
     """
+    if streaming:
+        name, splits = _open_source(source, config, revision, True)
+        return name, {k: v.to_iterable_dataset() if hasattr(v, "to_iterable_dataset") else v for k, v in splits.items()}
+    return _open_source(source, config, revision, False)
+
+
+def _open_source(source: Any, config: str | None, revision: str | None, streaming: bool) -> tuple[str, dict[str, Any]]:
     if not isinstance(source, (str, Path)):
         _none_of("a loaded data set", config=config, revision=revision)
-        return _loaded(source)
+        return _loaded(source, streaming)
     name = str(source)
     if name in BUNDLED:
         _none_of(f"bundled data set {name!r}", config=config, revision=revision)
@@ -35,11 +44,11 @@ def open_source(source: Any, config: str | None = None, revision: str | None = N
     path = Path(name).expanduser()
     if name.strip() and path.exists():  # an empty name would be the current folder
         _none_of(f"local data set {name!r}", revision=revision)
-        return path.resolve().name, _local(path, name, config)
+        return path.resolve().name, _local(path, name, config, streaming)
     looks_like_a_path = name.startswith((".", "/", "~")) or path.is_absolute() or path.suffix.lower() in READERS
     if looks_like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"data set {name!r}: no such file or folder")
-    return name, _hub(name, config, revision)
+    return name, _hub(name, config, revision, streaming)
 
 
 def _none_of(what: str, **options: str | None) -> None:
@@ -48,15 +57,16 @@ def _none_of(what: str, **options: str | None) -> None:
             raise InputError(f"{what} has no {option} {value!r}; leave {option} out")
 
 
-def _loaded(source: Any) -> tuple[str, dict[str, Any]]:
+def _loaded(source: Any, streaming: bool = False) -> tuple[str, dict[str, Any]]:
     import datasets
 
-    if isinstance(source, datasets.Dataset):
+    kinds = (datasets.Dataset, datasets.IterableDataset) if streaming else datasets.Dataset
+    if isinstance(source, kinds):
         return source.info.dataset_name or "dataset", {str(source.split or "train"): source}
-    if isinstance(source, Mapping) and source and all(isinstance(split, datasets.Dataset) for split in source.values()):
+    if isinstance(source, Mapping) and source and all(isinstance(split, kinds) for split in source.values()):
         name = next(iter(source.values())).info.dataset_name
         return name or "dataset", {str(split): rows for split, rows in source.items()}
-    hint = "; load it without streaming: streamed rows have no stable index" if "Iterable" in type(source).__name__ else ""
+    hint = "; load it without streaming, or use stream_dataset" if "Iterable" in type(source).__name__ else ""
     raise InputError(
         f"a {type(source).__name__} is no data set; give a name, a path, a datasets.Dataset or a DatasetDict{hint}"
     )
@@ -75,10 +85,10 @@ def _bundled(name: str) -> dict[str, Any]:
     return splits
 
 
-def _local(path: Path, name: str, config: str | None) -> dict[str, Any]:
+def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[str, Any]:
     import datasets
 
-    with _reading(name):
+    with reading(name):
         if path.is_file():
             reader = READERS.get(path.suffix.lower())
             if reader is None:
@@ -88,14 +98,15 @@ def _local(path: Path, name: str, config: str | None) -> dict[str, Any]:
             _none_of(f"file {name!r}", config=config)
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
             # A path is taken for a pattern, where brackets and stars have a meaning.
-            return dict(datasets.load_dataset(reader, data_files=glob.escape(str(path.resolve())), **options))
+            files = glob.escape(str(path.resolve()))
+            return dict(datasets.load_dataset(reader, data_files=files, streaming=streaming, **options))
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
-        return dict(datasets.load_dataset(str(path.resolve()), name=config))
+        return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming))
 
 
-def _hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
+def _hub(name: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:
     """Ask for the data set first, once and briefly: `datasets` alone would retry for half a minute without a network."""
     import datasets
     from huggingface_hub import HfApi
@@ -116,8 +127,8 @@ def _hub(name: str, config: str | None, revision: str | None) -> dict[str, Any]:
         if not (_unreachable(error) or isinstance(error, HfHubHTTPError)):
             raise InputError(f"data set {name!r} cannot be looked up on the hub: {one_line(error)}") from error
         return _cached(name, config, revision, error)
-    with _reading(name, quiet=False):
-        return dict(datasets.load_dataset(name, name=config, revision=revision))
+    with reading(name, quiet=False):
+        return dict(datasets.load_dataset(name, name=config, revision=revision, streaming=streaming))
 
 
 def _cached(name: str, config: str | None, revision: str | None, reason: Exception) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def _cached(name: str, config: str | None, revision: str | None, reason: Excepti
 
 
 @contextlib.contextmanager
-def _reading(name: str, quiet: bool = True) -> Iterator[None]:
+def reading(name: str, quiet: bool = True) -> Iterator[None]:
     """Turns whatever goes wrong while a data set is read into one line."""
     import datasets
 
