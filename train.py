@@ -21,7 +21,9 @@ from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 import f3triton as f3
 from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
+from f3triton.checkpoint import Checkpoints, Snapshot, newest, parse_every
 from f3triton.data import Dataset, StreamDataset
+from f3triton.data.identity import identity
 from f3triton.data.streams import BUFFER, STATISTICS
 from f3triton.data.targets import LANGUAGE_MODELING
 from f3triton.diagnostics import Diagnostics, summary_lines
@@ -37,8 +39,9 @@ from f3triton.network_budget import network_budget
 from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
 from f3triton.recipes import open_data, read_recipe, recipe_names, split_name
 from f3triton.report import Console, shown
+from f3triton.resume import require_same, settings_of
 from f3triton.rules import RULES, make_rule
-from f3triton.runs import FORMAT, RunFolder, read_json
+from f3triton.runs import CHECKPOINTS, FORMAT, RunFolder, read_json
 from f3triton.schedules import SCHEDULES
 from f3triton.seeds import check_seed
 from f3triton.signals import METHODS, resolve_loss, resolve_signal
@@ -219,6 +222,9 @@ def make_parser() -> Parser:
     )
     add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
     add("--overwrite", action="store_true", help="write over a run in the output folder, and over its error store")
+    add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
+    add("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept")
+    add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")
     add("--eval-every", type=int, default=1, metavar="N", help="epochs between evaluations")
     add(
         "--compare",
@@ -250,6 +256,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
+    if options.resume not in (None, "auto"):
+        stored = read_json(Path(options.resume).expanduser(), "config.json").get("options")
+        if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):
+            raise f3.InputError(f"the configuration of the run {options.resume!r} cannot be read by this version")
+        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume, "overwrite": False})
+        options = parser.parse_args(arguments)
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
     if options.model is None:
@@ -393,6 +405,8 @@ def fit(
     options: argparse.Namespace,
     data: tuple[Dataset, Dataset],
     on_record: Callable[[Record], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: Snapshot | None = None,
 ) -> FitResult:
     train_set, test_set = data
     console = Console(options.quiet, options.epochs, len(train_set), trainer.method)
@@ -404,10 +418,30 @@ def fit(
 
     try:
         return trainer.fit(
-            train_set, options.epochs, test_set, eval_every=options.eval_every, on_record=record, on_step=console.step
-        )
+            train_set, options.epochs, test_set, eval_every=options.eval_every, on_record=record, on_step=console.step,
+            checkpoints=checkpoints, resume=resume,
+        )  # fmt: skip
     finally:
         console.close()
+
+
+def checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
+    """The newest sound checkpoint of the run that `--resume` names; damaged ones are told of.
+
+    None where nothing is to be resumed, or `auto` finds no checkpoint yet: then the run begins anew.
+    """
+    if options.resume is None:
+        return None
+    if options.output_dir is None:
+        raise f3.InputError("--resume auto needs --output-dir, the run's folder")
+    folder = Path(options.output_dir).expanduser()
+    warn = lambda line: print(f"train.py: warning: {line}", file=sys.stderr)  # noqa: E731
+    found = newest(folder / CHECKPOINTS, warn)
+    if found is None and options.resume != "auto":
+        raise f3.InputError(f"run {options.resume!r} has no checkpoint to go on from")
+    if found is None and (folder / "summary.json").exists():
+        raise f3.InputError(f"run {str(folder)!r} has ended, and left no checkpoint to go on from; choose another folder")
+    return found
 
 
 def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> None:
@@ -474,8 +508,13 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     check_epochs(options.epochs, windows)
     check_seed(options.seed)
     pick_device(options.device)
-    if options.output_dir:
+    snapshot = checkpoint_to_resume(options)
+    options.overwrite |= options.resume is not None and snapshot is None  # it had begun, and got to no checkpoint
+    if options.output_dir and snapshot is None:
         RunFolder.check(options.output_dir, options.overwrite)
+    every = None if options.checkpoint_every is None else parse_every(options.checkpoint_every)
+    if every is None and options.keep != 2:
+        raise f3.InputError("--keep has no effect without --checkpoint-every; leave it out")
 
     data = train_set, test_set = load_data(options)
     say(f"{train_set.name}: {len(train_set):,} training and {len(test_set):,} test samples")
@@ -501,21 +540,29 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         say(store_line(*store))
         if is_folder(store[0]) and options.overwrite:
             remove_store(store[0])
-        check_home(*store)
+        if snapshot is None:
+            check_home(*store)
+    if snapshot is not None:
+        require_same(snapshot, settings_of(trainer, identity(train_set), options.epochs, options.eval_every))
+        say(f"going on after step {snapshot.state['steps']:,}, in epoch {snapshot.state['epoch'] + 1}")
 
-    folder = RunFolder(options.output_dir or default_folder(options), options.overwrite)
+    folder = RunFolder(options.output_dir or default_folder(options), options.overwrite, resume=snapshot is not None)
+    checkpoints = None if every is None else Checkpoints(folder.checkpoints, *every, keep=options.keep)
     folder.require_space(trainer.model)
     config = {
         "format": FORMAT,
         "network": trainer.model.config(),
         "loss": resolve_loss(options.loss, train_set.task),
         "preprocessing": train_set.preprocessing.to_json(),
-        "options": with_whole_paths(options),
+        "options": with_whole_paths(options) | {"resume": None, "overwrite": False},
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "versions": versions(),
     }
     folder.write_json("config.json", config)
-    folder.save_model(trainer.model)  # what is kept should the first epoch diverge
+    if snapshot is None:
+        folder.save_model(trainer.model)  # what is kept should the first epoch diverge
+    else:
+        folder.write_metrics(snapshot.state["history"])
 
     diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
 
@@ -526,7 +573,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         folder.save_model(trainer.model)
 
     try:
-        result = fit(trainer, options, data, keep)
+        result = fit(trainer, options, data, keep, checkpoints, snapshot)
     except Diverged as error:
         result = trainer.result
         result.status = "diverged"

@@ -229,9 +229,11 @@ KEPT_OUTPUTS = 1 << 20  # elements of outputs that wait for their loss to be tak
 
 
 class Tally:
-    """Loss and correct answers of many batches, taken together: step by step they would cost a dozen small operations each.
+    """Loss and correct answers of an epoch's batches, looked at together: step by step they would cost a dozen small operations
+    each. Nothing waits for the device but `look`, every `CHECK_EVERY` batches.
 
-    Nothing here waits for the device but `totals`.
+    What it says does not depend on when it was saved and restored in between (`state`, `restore`): batches are taken together
+    in the same groups, and summed one by one.
     """
 
     def __init__(self, loss: str) -> None:
@@ -240,15 +242,19 @@ class Tally:
         self.elements = 0
         self.losses: list[Tensor] = []  # of finished batches: sums over samples, [batches] each
         self.correct: list[Tensor] = []
-        self.sizes: list[int] = []
+        self.sizes: list[int] = []  # of batches not looked at yet
+        self.samples, self.total, self.hits, self.batches = 0, 0.0, 0, 0  # of those looked at; `batches` counts all
 
-    def add(self, a: Tensor, target: Tensor) -> None:
-        """One batch: the last stage's output `a [M, C]` from before the update, and `target [M, C]`."""
+    def add(self, a: Tensor, target: Tensor, step: int) -> None:
+        """One batch: the last stage's output `a [M, C]` from before the update, and `target [M, C]`; `step` counts from 1."""
         self.waiting.append((a, target))
         self.sizes.append(len(a))
+        self.batches += 1
         self.elements += a.numel()
         if self.elements >= KEPT_OUTPUTS:
             self._finish()
+        if len(self.sizes) == CHECK_EVERY:
+            self.look(step)
 
     def _finish(self) -> None:
         if not self.waiting:
@@ -262,15 +268,49 @@ class Tally:
         self.waiting.clear()
         self.elements = 0
 
-    def totals(self) -> tuple[Tensor, int]:
-        """(mean loss of each batch since the last call `[batches]`, correct samples), on the host."""
+    def look(self, step: int) -> None:
+        """Add up what has waited, up to `step`. Raises Diverged where a loss is not finite."""
         self._finish()
         if not self.sizes:
-            return torch.zeros(0, dtype=torch.float64), 0
-        losses = torch.cat(self.losses).cpu() / torch.tensor(self.sizes)
-        correct = int(torch.stack(self.correct).sum())
+            return
+        sums = torch.cat(self.losses).cpu()
+        finite = sums.isfinite()
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise Diverged(step - len(sums) + first + 1, float(sums[first]))
+        for value in sums.tolist():
+            self.total += value
+        self.hits += int(torch.stack(self.correct).sum())
+        self.samples += sum(self.sizes)
         self.losses.clear(), self.correct.clear(), self.sizes.clear()
-        return losses, correct
+
+    def figures(self, step: int) -> Figures:
+        """Of the whole epoch."""
+        self.look(step)
+        return Figures(self.samples, self.total / max(self.samples, 1), self.hits)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """(tensors, numbers) that `restore` takes."""
+        tensors = {}
+        if self.waiting:
+            outputs, targets = zip(*self.waiting, strict=True)
+            tensors = {"a": torch.cat(outputs).cpu(), "target": torch.cat(targets).cpu()}
+        if self.losses:
+            tensors |= {"losses": torch.cat(self.losses).cpu(), "correct": torch.stack(self.correct).cpu()}
+        numbers = {"sizes": self.sizes, "waiting": [len(a) for a, _ in self.waiting], "samples": self.samples,
+                   "total": self.total.hex(), "hits": self.hits, "batches": self.batches}  # fmt: skip
+        return tensors, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, object], device: torch.device) -> None:
+        """Go on from a `state`."""
+        if numbers["waiting"]:
+            parts = (tensors[name].to(device).split(numbers["waiting"]) for name in ("a", "target"))
+            self.waiting = list(zip(*parts, strict=True))
+        self.elements = sum(a.numel() for a, _ in self.waiting)
+        if "losses" in tensors:
+            self.losses, self.correct = [tensors["losses"].to(device)], list(tensors["correct"].to(device))
+        self.sizes, self.samples, self.hits = list(numbers["sizes"]), numbers["samples"], numbers["hits"]
+        self.total, self.batches = float.fromhex(numbers["total"]), numbers["batches"]
 
 
 @torch.no_grad()
@@ -283,37 +323,30 @@ def losses_by_sample(a: Tensor, target: Tensor, loss: str) -> Tensor:
     return (a - target).square().mean(-1)
 
 
-def run_epoch(learner: Learner, batches: Iterable[Tensor], lr_at: Callable[[int], float], progress: Progress) -> Figures:
+def run_epoch(
+    learner: Learner,
+    batches: Iterable[Tensor],
+    lr_at: Callable[[int], float],
+    progress: Progress,
+    tally: Tally | None = None,
+    after_step: Callable[[Tally], None] | None = None,
+) -> Figures:
     """Learn from the batches in order; `lr_at(step)` gives a step's learning rate, steps counted from 1 over the run.
 
     The figures are those of each batch before its own update. They stay on the device and are looked at every
-    `CHECK_EVERY` steps. Raises Diverged where a loss is not finite.
+    `CHECK_EVERY` steps. `tally` is that of the epoch's steps before, where it was begun already; `after_step` gets it after
+    every step. Raises Diverged where a loss is not finite.
     """
-    tally = Tally(learner.loss)
-    samples, total, hits, unseen = 0, 0.0, 0, []
-
-    def look() -> None:
-        nonlocal total, hits
-        losses, correct = tally.totals()
-        finite = losses.isfinite()
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
-            raise Diverged(progress.steps - len(losses) + first + 1, float(losses[first]))
-        total += float(losses @ torch.tensor(unseen, dtype=torch.float64))
-        hits += correct
-        unseen.clear()
-
+    tally = tally or Tally(learner.loss)
     for index in batches:
         a, target = learner.step(index, lr_at(progress.steps + 1))  # [M, C]
-        tally.add(a, target)
         progress.steps += 1
-        unseen.append(len(a))
-        samples += len(a)
-        if len(unseen) == CHECK_EVERY:
-            look()
-    look()
+        tally.add(a, target, progress.steps)
+        if after_step is not None:
+            after_step(tally)
+    figures = tally.figures(progress.steps)
     progress.epochs += 1
-    return Figures(samples, total / max(samples, 1), hits)
+    return figures
 
 
 @torch.no_grad()

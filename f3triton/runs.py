@@ -22,24 +22,33 @@ from .models.build import build
 
 FORMAT = 1
 _NAMES = ("config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png")
+CHECKPOINTS = "checkpoints"
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
 
 
 class RunFolder:
     """Writes a run: `config.json`, `metrics.jsonl`, `model.safetensors`, `summary.json`, `curves.png`.
 
+    `checkpoints` is where its checkpoints go. With `resume` everything that is there stays.
+
     Every file but the growing `metrics.jsonl` is written beside its name and renamed, so that it is whole or not there.
     Raises InputError where the folder holds a run already (unless `overwrite`), cannot be written, or has no space.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+    def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
         self.path = Path(path).expanduser()
+        self.checkpoints = self.path / CHECKPOINTS
+        if resume:
+            return
         there = self.check(path, overwrite)
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         for name in there:
             with _named(self.path / name, "remove"):
                 (self.path / name).unlink()
+        with _named(self.checkpoints, "remove"):
+            if self.checkpoints.is_dir():
+                shutil.rmtree(self.checkpoints)
 
     @staticmethod
     def check(path: str | Path, overwrite: bool = False) -> list[str]:
@@ -48,6 +57,10 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise InputError(f"output folder {str(path)!r} is a file; choose another with --output-dir")
         there = [name for name in _NAMES if (path / name).exists()]
+        if not overwrite and (path / CHECKPOINTS).exists():
+            raise InputError(
+                f"output folder {str(path)!r} holds checkpoints; go on with --resume auto, choose another, or --overwrite"
+            )
         if there and not overwrite:
             raise InputError(f"output folder {str(path)!r} holds a run already ({there[0]}); choose another, or --overwrite")
         return there
@@ -66,6 +79,11 @@ class RunFolder:
         """Write a JSON file; numbers that JSON has no word for (NaN, infinity) become null."""
         text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
         self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_metrics(self, records: list[dict]) -> None:
+        """Write `metrics.jsonl` anew: at a resumption, the records up to there."""
+        text = "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records)
+        self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 
     def append_metrics(self, record: dict) -> None:
         """Add one line to `metrics.jsonl`."""

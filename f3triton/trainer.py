@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .checkpoint import Checkpoints, Snapshot
 from .data import Dataset, StreamDataset
 from .data.identity import identity
 from .data.targets import LANGUAGE_MODELING
@@ -24,6 +26,7 @@ from .kernels.dispatch import backend as kernel_backend
 from .kernels.rules import Adam, Rule
 from .layers import Linear, Sequential, autocast
 from .precision import matmul_precision, resolve_precision
+from .resume import RunState
 from .rules import Updater, make_rule
 from .schedules import make_schedule
 from .seeds import check_seed, derived_seed, sample_order
@@ -167,12 +170,18 @@ class Trainer:
         batches: Callable[[int], Iterable[Tensor]] | None = None,
         on_record: Callable[[Record], None] | None = None,
         on_step: Callable[[int], None] | None = None,
+        checkpoints: Checkpoints | None = None,
+        resume: Snapshot | None = None,
     ) -> FitResult:
         """Train for `epochs` visits of every sample; moments and errors start afresh.
 
         `train` and `test` are data sets or pairs of tensors `(inputs [N, ...], targets)`. Every `eval_every` epochs (and
         after the last) a record is made, and given to `on_record`. `batches(epoch)` (epochs from 0) replaces the seeded
         order with sample indices of your own, int64 `[batch]` each. `on_step(samples)` is called after every step.
+
+        With `checkpoints` the whole run is written down now and then, and `resume` goes on from one of them
+        (`checkpoint.newest`): the result is that of a run that was never interrupted, bit for bit, on the same machine and
+        backend. Records made before are in `history` and are not given to `on_record` again.
 
         The training figures in a record are the mean over the epoch's batches, each taken before its own update.
         Ctrl-C ends the run after a last evaluation. Raises InputError where the data does not fit the model, Diverged
@@ -183,7 +192,7 @@ class Trainer:
         loss = resolve_loss(self.loss, train.task)
         self.model.train()
         view = self._view(train, epochs)
-        store = self._make_store(train, view or train)
+        store = self._make_store(train, view or train, 2 if checkpoints is None else 3, resume is not None)
         rounding = derived_seed(self.seed, "rounding")
         if self.method == "fa":
             updater = Updater(self.rule, list(self.model.parameters()), self.ops, self.device, self.compute_dtype, rounding)
@@ -200,33 +209,42 @@ class Trainer:
                     "cuda graph 'on' needs stages that are all Linear, data that fits on the device, and a method other than "
                     "'bp'; use 'auto'"
                 )
+        if self.windows is not None and batches is not None:
+            raise InputError("batches of your own and windows cannot go together; leave one out")
         epoch_steps = steps_per_epoch(len(train), self.batch_size, self.windows)
         lr_at = make_schedule(self.lr_schedule, self.rule.lr, epochs * epoch_steps, self.warmup_steps)
         where = torch.device("cpu") if store is not None and store.reads_ahead else train.device  # are the sample indices
         if self.windows is None:
-            choose = batches or (lambda epoch: self._batches(train, epoch, where))
-        elif batches is None:
+            ordered = batches or (lambda epoch: self._batches(train, epoch, where))
+            choose = lambda epoch, skip: islice(ordered(epoch), skip, None)  # noqa: E731
+        else:
             make_order = StreamOrder if isinstance(train, StreamDataset) else WindowOrder
             windowed = make_order(len(train), self.batch_size, self.windows, self.seed, where)
-            choose = lambda epoch: windowed.batches(epoch, self.learner, view)  # noqa: E731
-        else:
-            raise InputError("batches of your own and windows cannot go together; leave one out")
+            choose = lambda epoch, skip: windowed.batches(epoch, self.learner, view, skip)  # noqa: E731
         self.result = result = FitResult()
+        stream = view if isinstance(view, StreamView) else None
+        run = RunState(self, identity(train), epochs, eval_every, checkpoints, stream)
         try:
-            for epoch in range(epochs):
+            begin, tally = (0, None) if resume is None else run.restore(resume)
+            for epoch in range(begin, epochs):
                 began = time.perf_counter()
+                skip = 0 if tally is None else tally.batches
                 with matmul_precision(self.precision):
                     # The order of windows tells the learner when hidden layers learn; when that is always, it may run ahead.
                     if store is None or (self.windows is not None and self.windows.local):
-                        order = (index.to(train.device) for index in choose(epoch))
+                        order = (index.to(train.device) for index in choose(epoch, skip))
                     else:
-                        order = store.plan(choose(epoch), train.device)
-                    figures = run_epoch(self.learner, _count(order, on_step), lr_at, result)
+                        order = store.plan(choose(epoch, skip), train.device)
+                    after = run.after_step(epoch)
+                    figures = run_epoch(self.learner, _count(order, on_step), lr_at, result, tally, after)
+                    tally = None
                     carried = self._end_epoch(store, epoch)
+                    run.release(store)
                 result.learning_seconds += time.perf_counter() - began
                 if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
                     record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
                     self._record(record | _train_figures(train, figures) | carried, test, loss, on_record)
+                run.after_epoch(epoch)
             result.status = "completed"
         except KeyboardInterrupt:
             result.status = "interrupted"
@@ -289,7 +307,7 @@ class Trainer:
         samples = min(self.windows.size, len(train)) if local else len(train)
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
 
-    def _make_store(self, train: Dataset, data: Data) -> ErrorStore | None:
+    def _make_store(self, train: Dataset, data: Data, generations: int, resume: bool) -> ErrorStore | None:
         chosen = self.store_for(train)
         if chosen is None:
             return None
@@ -301,7 +319,8 @@ class Trainer:
             hot = data.one_hot(index.to(data.device), codec.dtype).to(self.device)
             return hot if projection is None else hot @ projection
 
-        return make_store(home, Rows(samples, codec, self.device, targets, identity(train) if is_folder(home) else None))
+        rows = Rows(samples, codec, self.device, targets, identity(train) if is_folder(home) else None)
+        return make_store(home, rows, generations, resume)
 
     def _projection(self, train: Dataset) -> Tensor | None:
         if self.error_rank is None:
@@ -328,7 +347,6 @@ class Trainer:
         if store is None or (self.windows is not None and (self.windows.local or (epoch + 1) % self.windows.visits)):
             return {}
         carried = store.commit()
-        store.release(store.epoch)
         return {"carried_rows": carried} if carried else {}
 
     def _record(self, record: Record, test: Dataset | None, loss: str, on_record: Callable[[Record], None] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,3 +381,55 @@ def test_dry_run_of_every_network(model: str, capsys: pytest.CaptureFixture) -> 
 )
 def test_networks_that_do_not_fit(arguments: list[str], message: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert message in fails(capsys, *arguments, "--output-dir", str(tmp_path / "run"))
+
+
+def test_resume_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    common = [*FAST, "--quiet", "--epochs", "4", "--max-train-samples", "300"]
+    whole = tmp_path / "whole"
+    assert run(*common, "--checkpoint-every", "5", "--keep", "9", "--output-dir", whole) == 0
+    steps = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert steps == [f"step-{n:012d}" for n in (5, 10, 15, 20)]
+
+    def cut_short(name: str) -> Path:
+        """The folder as it would be, had the run been killed after step 10."""
+        folder = tmp_path / name
+        shutil.copytree(whole, folder)
+        for step in steps[2:]:
+            shutil.rmtree(folder / "checkpoints" / step)
+        for file in ("summary.json", "model.safetensors", "curves.png"):
+            (folder / file).unlink()
+        return folder
+
+    def same(folder: Path) -> bool:
+        records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
+        for record in records[0] + records[1]:
+            record.pop("learning_seconds")
+        models = [(f / "model.safetensors").read_bytes() for f in (whole, folder)]
+        return models[0] == models[1] and records[0] == records[1]
+
+    by_folder = cut_short("by-folder")
+    assert run("--resume", by_folder) == 0
+    assert same(by_folder)
+    by_auto = cut_short("by-auto")
+    assert run(*common, "--checkpoint-every", "5", "--output-dir", by_auto, "--resume", "auto") == 0
+    assert same(by_auto)
+    fresh = tmp_path / "fresh"
+    assert run(*common, "--checkpoint-every", "5", "--output-dir", fresh, "--resume", "auto") == 0
+    assert same(fresh)
+
+    other = cut_short("other")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    assert "batch size was 50 and is 20" in fails(capsys, "--resume", other, "--batch-size", "20")
+    assert "data was" in fails(capsys, "--resume", other, "--max-train-samples", "200")
+    assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    assert "holds checkpoints" in fails(capsys, "--output-dir", other)
+    assert "has no checkpoint to go on from" in fails(capsys, "--resume", digits_without(whole, tmp_path))
+    assert "--resume auto needs --output-dir" in fails(capsys, "--resume", "auto")
+    assert "is not understood" in fails(capsys, "--checkpoint-every", "often", "--output-dir", tmp_path / "x")
+    assert "--keep has no effect" in fails(capsys, "--keep", "3", "--output-dir", tmp_path / "x")
+
+
+def digits_without(whole: Path, tmp_path: Path) -> Path:
+    """A copy of a run, without its checkpoints."""
+    shutil.copytree(whole, tmp_path / "without", ignore=shutil.ignore_patterns("checkpoints"))
+    return tmp_path / "without"
