@@ -68,11 +68,12 @@ class Diagnostics:
         found: Record = {"epoch": record["epoch"]}
         error, stored = None, None
         if isinstance(learner, F3Learner) and learner.signal.source != "none":
-            error = output_error(output, target, loss, learner.signal.source, learner.signal.link)[1]  # [M, C], the present one
+            error = output_error(output, target, loss, learner.signal.source, learner.signal.link)[1]
+            error = learner.reduce(error, target)  # [M, C or rank], the present one
             stored = self._taught_by(learner, target, error)
             if learner.signal.delayed and self.records:
                 found |= _staleness(stored, error)
-            if learner.signal.mask:
+            if learner.signal.mask and learner.projection is None:
                 stored = stored * target
         self.last_error = error
         found["stages"] = [
@@ -82,7 +83,8 @@ class Diagnostics:
         self.records.append(found)
 
     def _taught_by(self, learner: F3Learner, target: Tensor, error: Tensor) -> Tensor:
-        """The error that the hidden stages of these samples learn from at their next visit, `[M, C]`."""
+        """The error that the hidden stages of these samples learn from at their next visit, `[M, C or rank]`."""
+        target = learner.reduce(target, target)
         if learner.signal.current:
             return error
         if not learner.signal.delayed:
@@ -114,7 +116,10 @@ class Diagnostics:
             for layer in reversed(behind[:-1]):
                 product = product @ layer.weight.detach()
             matrix = stage.feedback if stage.generated is None else stage.generated.dense(product.device)
-            figures["weights_angle"] = angle(-matrix.to(product.dtype).flatten(), product.flatten())
+            matrix = matrix.to(product.dtype)
+            if self.trainer.learner.projection is not None:
+                matrix = self.trainer.learner.projection.to(product.dtype) @ matrix  # [C, N]
+            figures["weights_angle"] = angle(-matrix.flatten(), product.flatten())
         return figures
 
     def _warn(self, found: Record, learner: object) -> None:
@@ -169,12 +174,13 @@ def _exact_gradients(twin: nn.Module, x: Tensor, target: Tensor, loss: str) -> t
     with torch.enable_grad():
         for stage in twin.stages:
             features.append(stage(features[-1]))
-        mean_loss(features[-1], target, loss).backward()
+        output = features[-1].flatten(0, -2)  # [M, C]
+        mean_loss(output, target, loss).backward()
     gradients = [
         torch.cat([torch.empty(0, device=x.device), *(_gradient(p).flatten() for p in stage.parameters())])
         for stage in twin.stages
     ]
-    return gradients, [f.detach() for f in features], features[-1].detach()
+    return gradients, [f.detach() for f in features], output.detach()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -233,7 +239,7 @@ def draw(records: list[Record], path: Path) -> None:
             axes.set_ylim(0, 180)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epoch", fontsize=8)
-        if axes.lines and stages <= 12:
+        if axes.get_legend_handles_labels()[0] and stages <= 12:
             axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=90, metadata={"Software": None})
 

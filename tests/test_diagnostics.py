@@ -108,3 +108,25 @@ def test_blocks(tmp_path: Path) -> None:
     draw([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     assert all(math.isfinite(stage["moved"]) for stage in stages)
+
+
+def test_text_and_errors_of_lower_rank(tmp_path: Path) -> None:
+    """A reduced error teaches in the direction of the law `R B'` that it stands for."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 6, encoding="utf-8")
+    train, _ = f3.load_text(path, context=8)
+    for rank in (None, 5):
+        torch.manual_seed(0)
+        model = f3.models.GPT(train.outputs, 8, 1, 2, 8)
+        trainer = f3.Trainer(model, batch_size=4, error_rank=rank)
+        diagnostics = Diagnostics(trainer, train, samples=6)
+        trainer.fit(train, 3, on_record=diagnostics)
+        last = diagnostics.records[-1]
+        assert 0 < last["error_cosine"] < 1.001
+        assert all(0 < stage["angle"] < 180 for stage in last["stages"][:-1])
+        assert all(stage["rank"] <= 6 for stage in last["stages"][:-1])
+    trainer, diagnostics = run(mlp(20), error_rank=2)
+    assert all(stage["rank"] <= 2 + 1e-6 for stage in diagnostics.records[-1]["stages"][:-1])
+    matrix = trainer.learner.projection @ trainer.model[0].feedback_matrix
+    found = angle(-matrix.flatten(), trainer.model[1].weight.detach().flatten())
+    assert diagnostics.records[-1]["stages"][0]["weights_angle"] == pytest.approx(found)
