@@ -27,6 +27,7 @@ NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gp
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output
 FULL = {
+    "gpt": ["--text", "{text}"],
     "kernel_report": ["--arch", "all"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -166,6 +167,7 @@ def settings_of(trainer: Trainer, data: dict[str, object], epochs: int, eval_eve
         "method": trainer.method,
         "signal": None if signal is None else dataclasses.asdict(signal),
         "network": repr(trainer.model),
+        "network_config": json.loads(json.dumps(trainer.model.config())) if hasattr(trainer.model, "config") else None,
         "loss": trainer.loss,
         "rule": repr(trainer.rule),
         "hidden_scale": trainer.hidden_scale,
@@ -175,6 +177,7 @@ def settings_of(trainer: Trainer, data: dict[str, object], epochs: int, eval_eve
         "seed": trainer.seed,
         "precision": trainer.precision,
         "error_dtype": trainer.error_dtype,
+        "error_rank": trainer.error_rank,
         "windows": None if windows is None else dataclasses.asdict(windows),
         "eval_every": eval_every,
         "data": data,

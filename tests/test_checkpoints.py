@@ -30,11 +30,18 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x @ torch.randn(16, 3, generator=generator)).argmax(-1)
 
 
+def text() -> tuple[f3.Dataset, f3.Dataset]:
+    """Sixty windows of this file."""
+    return f3.load_text(__file__, tokenizer="bytes", context=4, max_train_samples=60, max_test_samples=4)
+
+
 def make(**choices: object) -> f3.Trainer:
     torch.manual_seed(3)
     kind = choices.pop("kind", "mlp")
     if kind == "vit":
         model = f3.models.ViT(4, 1, 3, 2, depth=2, heads=2, dim=8, mlp_width=8, dropout=0.2)
+    elif kind == "gpt":
+        model = f3.models.GPT(256, 4, depth=1, heads=2, dim=8, mlp_width=8, dropout=0.2)
     elif kind == "batchnorm":
         block = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.BatchNorm1d(12), torch.nn.ReLU())
         model = f3.Sequential(f3.Block(block), f3.Linear(12, 3))
@@ -82,7 +89,8 @@ def run(folder: Path | None, every: int = 5, until: int | None = None, epochs: i
     snapshot = None if folder is None else newest(folder, lambda line: pytest.fail(line))
     torch.manual_seed(1 if snapshot is None else 99)  # what dropout draws comes from the checkpoint
     with contextlib.suppress(Killed):
-        trainer.fit(problem(), epochs, problem(), checkpoints=made, resume=snapshot, on_step=kill)
+        train, test = text() if choices.get("kind") == "gpt" else (problem(), problem())
+        trainer.fit(train, epochs, test, checkpoints=made, resume=snapshot, on_step=kill)
     return trainer
 
 
@@ -108,6 +116,9 @@ CHOICES = [
     {"kind": "vit", "method": "bp"},
     {"kind": "batchnorm", "method": "dfa"},
     {"lr_schedule": "linear", "warmup_steps": 7},
+    {"error_rank": 2},
+    {"kind": "gpt", "error_dtype": "sampled-4"},
+    {"kind": "gpt", "error_rank": 5, "window": 20, "visits": 3},
 ]
 
 
@@ -156,6 +167,7 @@ def test_more_epochs_go_on_where_the_learning_rate_is_constant(tmp_path: Path) -
         ({"optimizer": f3.Adam(lr=0.02)}, "rule was"),
         ({"kind": "vit"}, "network was"),
         ({"error_dtype": "int8"}, "error dtype was 'auto' and is 'int8'"),
+        ({"error_rank": 2}, "error rank was None and is 2"),
         ({"window": 20, "visits": 3}, "windows was None and is"),
     ],
 )
