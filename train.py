@@ -432,6 +432,8 @@ def checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
     """
     if options.resume is None:
         return None
+    if options.overwrite:
+        raise f3.InputError("--overwrite and --resume cannot go together; leave one out")
     if options.output_dir is None:
         raise f3.InputError("--resume auto needs --output-dir, the run's folder")
     folder = Path(options.output_dir).expanduser()
@@ -442,6 +444,14 @@ def checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
     if found is None and (folder / "summary.json").exists():
         raise f3.InputError(f"run {str(folder)!r} has ended, and left no checkpoint to go on from; choose another folder")
     return found
+
+
+def begun_before(options: argparse.Namespace) -> dict[str, object] | None:
+    """The options of the run that `--resume auto` finds begun, without a checkpoint yet: it begins again."""
+    if options.resume is None or not (Path(options.output_dir).expanduser() / "config.json").exists():
+        return None
+    stored = read_json(Path(options.output_dir).expanduser(), "config.json").get("options")
+    return stored if isinstance(stored, dict) else {}
 
 
 def refuse_what_has_no_effect(options: argparse.Namespace, given: set[str]) -> None:
@@ -473,7 +483,7 @@ def dry_budget(options: argparse.Namespace, network: dict[str, object], data: tu
         codec = error_codec(options.error_dtype, data[0], types.working, options.error_rank, options.seed)
         home = pick_home(options.error_store, rows * codec.row_bytes, pick_device(options.device))
         error_bytes, line = 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
-        if not options.overwrite:
+        if not options.overwrite and options.resume is None:
             check_home(home, rows, codec)
     batch, data_bytes = min(options.batch_size, samples), sum(d.nbytes for d in data)
     train_set, rank = data[0], options.error_rank
@@ -509,9 +519,10 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     check_seed(options.seed)
     pick_device(options.device)
     snapshot = checkpoint_to_resume(options)
-    options.overwrite |= options.resume is not None and snapshot is None  # it had begun, and got to no checkpoint
+    begun = begun_before(options) if snapshot is None else None
+    overwrite = options.overwrite or begun is not None
     if options.output_dir and snapshot is None:
-        RunFolder.check(options.output_dir, options.overwrite)
+        RunFolder.check(options.output_dir, overwrite)
     every = None if options.checkpoint_every is None else parse_every(options.checkpoint_every)
     if every is None and options.keep != 2:
         raise f3.InputError("--keep has no effect without --checkpoint-every; leave it out")
@@ -538,7 +549,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     store = trainer.store_for(train_set)
     if store is not None:
         say(store_line(*store))
-        if is_folder(store[0]) and options.overwrite:
+        if is_folder(store[0]) and (options.overwrite or (begun or {}).get("error_store") == whole_path(store[0])):
             remove_store(store[0])
         if snapshot is None:
             check_home(*store)
@@ -546,7 +557,7 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         require_same(snapshot, settings_of(trainer, identity(train_set), options.epochs, options.eval_every))
         say(f"going on after step {snapshot.state['steps']:,}, in epoch {snapshot.state['epoch'] + 1}")
 
-    folder = RunFolder(options.output_dir or default_folder(options), options.overwrite, resume=snapshot is not None)
+    folder = RunFolder(options.output_dir or default_folder(options), overwrite, resume=snapshot is not None)
     checkpoints = None if every is None else Checkpoints(folder.checkpoints, *every, keep=options.keep)
     folder.require_space(trainer.model)
     config = {
@@ -666,8 +677,14 @@ def with_whole_paths(options: argparse.Namespace) -> dict[str, object]:
         value = found[name]
         is_path = value is not None and Path(value).expanduser().exists() and not (name == "text" and options.dataset)
         if is_path and value not in ("digits", "characters", "bytes"):
-            found[name] = str(Path(value).expanduser().resolve())
+            found[name] = whole_path(value)
+    if is_folder(options.error_store):
+        found["error_store"] = whole_path(options.error_store)
     return found
+
+
+def whole_path(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def figure_of(data: Dataset) -> tuple[str, str]:

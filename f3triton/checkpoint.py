@@ -27,6 +27,19 @@ from torch import Tensor, nn
 from .errors.faults import fault
 from .exceptions import InputError
 
+# In the order in which a checkpoint meets them (see `errors.faults`).
+CHECKPOINT_LABELS = (
+    "checkpoint:begin",  # its folder is there, under another name
+    "checkpoint:tensors",  # written
+    "checkpoint:state",  # written
+    "checkpoint:synced",
+    "checkpoint:manifest",  # written and synced, and the folder
+    "checkpoint:renamed",
+    "checkpoint:complete",  # and so is that on disk
+    "checkpoint:removing",  # an old one has lost its manifest
+    "checkpoint:removed",  # all old ones are gone
+)
+
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{12})")
@@ -82,13 +95,20 @@ def parse_every(text: str) -> tuple[int, bool]:
 
 
 def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
-    """Write a checkpoint, and remove all but the newest `keep`. Raises InputError where disk or folder do not allow it."""
+    """Write a checkpoint, and remove all but the last `keep`. Raises InputError where disk or folder do not allow it.
+
+    Those of later steps are removed too: they are of a run that went back to before them, because they were damaged.
+    """
     final = folder / f"step-{steps:012d}"
     temporary = folder / f".{final.name}.{uuid.uuid4().hex}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        for left in folder.glob(".step-*.tmp"):  # by a run that was killed here
+            shutil.rmtree(left)
         temporary.mkdir()
-        fault("checkpoint:folder")
+        fault("checkpoint:begin")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, temporary / TENSORS)
         fault("checkpoint:tensors")
         text = json.dumps({"format": FORMAT, **snapshot.state}, allow_nan=True)
@@ -109,7 +129,9 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
         fault("checkpoint:renamed")
         sync(folder)
         fault("checkpoint:complete")
-        for _, old in sorted(found_in(folder), reverse=True)[keep:]:
+        there = sorted(found_in(folder), reverse=True)
+        older = [path for number, path in there if number < steps]
+        for old in [path for number, path in there if number > steps] + older[keep - 1 :]:
             remove(old)
         fault("checkpoint:removed")
     except (OSError, SafetensorError) as error:
@@ -214,6 +236,14 @@ def _json(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {str(folder)!r} is damaged: {path.name} holds no JSON object")
     return content
+
+
+def peek(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint that may be damaged; empty where it cannot be read."""
+    try:
+        return _json(folder / STATE, folder)
+    except InputError:
+        return {}
 
 
 # --- what a run consists of -------------------------------------------------------------------------------------------

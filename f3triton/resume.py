@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+import torch
 
 from . import checkpoint
 from .checkpoint import Checkpoints, Snapshot, differences
 from .engine import Tally
 from .exceptions import InputError
+from .layers import Stage
 
 if TYPE_CHECKING:
     from .errors import ErrorStore
@@ -33,27 +41,54 @@ class RunState:
         self.trainer, self.checkpoints, self.stream = trainer, checkpoints, stream
         self.settings = settings_of(trainer, data, epochs, eval_every)
         self.at: tuple[int, Tally | None] = (0, None)  # (epoch, its tally so far)
-        self.saved_at = -1  # steps
-        self.needs: list[int] = []  # the epochs that the kept checkpoints are in
+        self.began: float | None = None  # when this epoch's part of the run did
+        self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
+        self.asked_to_stop = False
 
     def after_step(self, epoch: int) -> Callable[[Tally], None] | None:
-        """What `run_epoch` calls after every step of an epoch."""
-        self.at = (epoch, None)
+        """What `run_epoch` calls after every step of an epoch, which begins now."""
+        self.at, self.began = (epoch, None), time.perf_counter()
         if self.checkpoints is None:
             return None
 
         def stepped(tally: Tally) -> None:
             self.at = (epoch, tally)
-            if self.checkpoints.due(self.trainer.result.steps):
+            if self.checkpoints.due(self.trainer.result.steps) or self.asked_to_stop:
                 self.save()
+            self._stop()
 
         return stepped
 
     def after_epoch(self, epoch: int) -> None:
         """At the end of an epoch, after its record."""
-        self.at = (epoch + 1, None)
-        if self.checkpoints is not None and self.checkpoints.due_after_epoch(epoch + 1):
+        self.at, self.began = (epoch + 1, None), None
+        if self.checkpoints is not None and (self.checkpoints.due_after_epoch(epoch + 1) or self.asked_to_stop):
             self.save()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.asked_to_stop:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def interrupts_between_steps(self) -> Iterator[None]:
+        """Ctrl-C waits for the step's end and a last checkpoint, where there are any; a second Ctrl-C waits for nothing."""
+        before = signal.getsignal(signal.SIGINT)
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.checkpoints is None or not in_main or before is not signal.default_int_handler:
+            yield
+            return
+
+        def ask(number: int, frame: object) -> None:
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            self.asked_to_stop = True
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -68,8 +103,10 @@ class RunState:
             "steps": result.steps,
             "epochs_done": result.epochs,
             "history": result.history,
-            "learning_seconds": result.learning_seconds,
+            "learning_seconds": result.learning_seconds + (time.perf_counter() - self.began if self.began else 0.0),
         }
+        if self.stream is not None:
+            state["stream"] = self.stream.state()
         if store is not None:
             tensors |= {f"errors.{name}": tensor for name, tensor in store.state().items()}
             state["store_epoch"] = store.epoch
@@ -77,17 +114,16 @@ class RunState:
             own, numbers = tally.state()
             tensors |= {f"tally.{name}": tensor for name, tensor in own.items()}
             state["tally"] = numbers
-        if self.stream is not None:
-            state["stream"] = self.stream.state()
         checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), result.steps, self.checkpoints.keep)
         if store is not None:
-            self.needs = [*self.needs, store.epoch][-self.checkpoints.keep :]
+            there = {steps for steps, _ in checkpoint.found_in(self.checkpoints.folder)}
+            self.needs = {steps: epoch for steps, epoch in self.needs.items() if steps in there} | {result.steps: store.epoch}
             self.release(store)
 
     def release(self, store: ErrorStore | None) -> None:
         """Tell the store which epochs the checkpoints that are kept may go back to."""
         if store is not None:
-            store.release(min([*self.needs, store.epoch]))
+            store.release(min([*self.needs.values(), store.epoch]))
 
     def restore(self, snapshot: Snapshot) -> tuple[int, Tally | None]:
         """Put the trainer in the state of a checkpoint; returns (epoch, its tally so far).
@@ -104,7 +140,7 @@ class RunState:
             if store is not None:
                 own = {name.removeprefix("errors."): t for name, t in tensors.items() if name.startswith("errors.")}
                 store.restore(own, state["store_epoch"])
-                self.needs = [store.epoch]
+                self.needs = self._needs_of_older(state["steps"]) | {state["steps"]: store.epoch}
             if self.stream is not None:
                 self.stream.restore(state["stream"])
             checkpoint.restore_random_states(tensors, trainer.device)
@@ -118,6 +154,16 @@ class RunState:
             return state["epoch"], tally
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"the checkpoint lacks a part of the run: {type(error).__name__} {error}") from None
+
+
+    def _needs_of_older(self, steps: int) -> dict[int, int]:
+        """What the checkpoints before this one would need, should it be found damaged one day."""
+        needs = {}
+        for number, path in [] if self.checkpoints is None else checkpoint.found_in(self.checkpoints.folder):
+            epoch = checkpoint.peek(path).get("store_epoch")
+            if number < steps and isinstance(epoch, int):
+                needs[number] = epoch
+        return needs
 
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
@@ -152,6 +198,14 @@ def check_state(state: dict[str, object]) -> None:
         wrong.append("tally")
     if not whole(store_epoch):
         wrong.append("store_epoch")
+    stream = state.get("stream")
+    if stream is not None and not (
+        isinstance(stream, dict)
+        and whole(stream.get("pass"))
+        and whole(stream.get("block"))
+        and isinstance(stream.get("reader"), dict)
+    ):
+        wrong.append("stream")
     if wrong:
         raise InputError(f"the checkpoint's state.json is not that of a run: {wrong[0]!r} is missing, or not what it has to be")
 
@@ -178,8 +232,20 @@ def settings_of(trainer: Trainer, data: dict[str, object], epochs: int, eval_eve
         "precision": trainer.precision,
         "error_dtype": trainer.error_dtype,
         "error_rank": trainer.error_rank,
+        "feedback": feedback_of(trainer.model),
         "windows": None if windows is None else dataclasses.asdict(windows),
         "eval_every": eval_every,
         "data": data,
     }
     return settings if trainer.lr_schedule == "constant" else settings | {"epochs": epochs}
+
+
+def feedback_of(model: torch.nn.Module) -> list[str]:
+    """The laws of a network's feedback matrices, and hashes of those that were given, in the order of their stages."""
+    found = []
+    for stage in model.modules():
+        if isinstance(stage, Stage):
+            given = stage.feedback_law is None and stage.feedback_matrix is not None
+            matrix = stage.feedback_matrix.double().cpu().contiguous().view(torch.uint8).numpy().data if given else b""
+            found.append(f"given, {hashlib.sha256(matrix).hexdigest()[:16]}" if given else str(stage.feedback_law))
+    return list(dict.fromkeys(found))

@@ -107,19 +107,27 @@ class StreamView:
         return block
 
     def _find(self, pass_: int, number: int) -> Block:
-        """A buffer that is not the next one."""
+        """A buffer that is not the next one: from the place that was saved, if that is before it, or from the start."""
         saved, self._restored = self._restored, None
-        if saved is None or (saved["pass"], saved["block"]) != (pass_, number):
+        rows = self.windows * self.size
+        if saved is None or saved["pass"] != pass_ or saved["block"] > number:
             reader = self.data.reader()
-            reader.skip(number * self.windows * self.size)
+            reader.skip(number * rows)
             return self._read(pass_, number, reader)
-        block = self._read(pass_, number, self.data.reader(saved["reader"]))
+        try:
+            reader = self.data.reader(saved["reader"])
+            block = self._read(pass_, saved["block"], reader)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(f"the checkpoint's place in the stream is not one ({type(error).__name__} {error})") from None
         if block.digest != saved["hash"]:
             raise InputError(
-                f"the stream {self.data.name!r} does not hold the rows any more that it held at training row "
-                f"{number * self.windows * self.size:,} when the checkpoint was made; resume with the same data"
+                f"the stream {self.data.name!r} does not hold the rows any more that it held from training row "
+                f"{saved['block'] * rows:,} on when the checkpoint was made; resume with the same data"
             )
-        return block
+        if saved["block"] == number:
+            return block
+        reader.skip((number - saved["block"] - 1) * rows)
+        return self._read(pass_, number, reader)
 
     def _read(self, pass_: int, number: int, reader: StreamReader | None) -> Block:
         reader = reader or self.data.reader()

@@ -184,8 +184,8 @@ class Trainer:
         backend. Records made before are in `history` and are not given to `on_record` again.
 
         The training figures in a record are the mean over the epoch's batches, each taken before its own update.
-        Ctrl-C ends the run after a last evaluation. Raises InputError where the data does not fit the model, Diverged
-        where the loss is not finite.
+        Ctrl-C ends the run after a last evaluation, and where there are checkpoints a last one. Raises InputError where the
+        data does not fit the model, Diverged where the loss is not finite.
         """
         train, test = self.place(_as_dataset(train)), self.place(_as_dataset(test))
         self.check(train, test, epochs, eval_every)
@@ -225,26 +225,27 @@ class Trainer:
         stream = view if isinstance(view, StreamView) else None
         run = RunState(self, identity(train), epochs, eval_every, checkpoints, stream)
         try:
-            begin, tally = (0, None) if resume is None else run.restore(resume)
-            for epoch in range(begin, epochs):
-                began = time.perf_counter()
-                skip = 0 if tally is None else tally.batches
-                with matmul_precision(self.precision):
-                    # The order of windows tells the learner when hidden layers learn; when that is always, it may run ahead.
-                    if store is None or (self.windows is not None and self.windows.local):
-                        order = (index.to(train.device) for index in choose(epoch, skip))
-                    else:
-                        order = store.plan(choose(epoch, skip), train.device)
-                    after = run.after_step(epoch)
-                    figures = run_epoch(self.learner, _count(order, on_step), lr_at, result, tally, after)
-                    tally = None
-                    carried = self._end_epoch(store, epoch)
-                    run.release(store)
-                result.learning_seconds += time.perf_counter() - began
-                if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
-                    record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
-                    self._record(record | _train_figures(train, figures) | carried, test, loss, on_record)
-                run.after_epoch(epoch)
+            with run.interrupts_between_steps():
+                begin, tally = (0, None) if resume is None else run.restore(resume)
+                for epoch in range(begin, epochs):
+                    began = time.perf_counter()
+                    skip = 0 if tally is None else tally.batches
+                    with matmul_precision(self.precision):
+                        # The order of windows tells the learner when hidden layers learn. When always, it may run ahead.
+                        if store is None or (self.windows is not None and self.windows.local):
+                            order = (index.to(train.device) for index in choose(epoch, skip))
+                        else:
+                            order = store.plan(choose(epoch, skip), train.device)
+                        after = run.after_step(epoch)
+                        figures = run_epoch(self.learner, _count(order, on_step), lr_at, result, tally, after)
+                        tally = None
+                        carried = self._end_epoch(store, epoch)
+                        run.release(store)
+                    result.learning_seconds += time.perf_counter() - began
+                    if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
+                        record = {"epoch": epoch + 1, "step": result.steps, "lr": lr_at(result.steps)}
+                        self._record(record | _train_figures(train, figures) | carried, test, loss, on_record)
+                    run.after_epoch(epoch)
             result.status = "completed"
         except KeyboardInterrupt:
             result.status = "interrupted"
@@ -254,8 +255,8 @@ class Trainer:
         finally:
             if store is not None:
                 store.close()
-            if isinstance(view, StreamView):
-                view.close()
+            if stream is not None:
+                stream.close()
         return result
 
     def check(

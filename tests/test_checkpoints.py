@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,9 @@ def make(**choices: object) -> f3.Trainer:
     elif kind == "batchnorm":
         block = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.BatchNorm1d(12), torch.nn.ReLU())
         model = f3.Sequential(f3.Block(block), f3.Linear(12, 3))
+    elif "feedback" in choices:
+        feedback = choices.pop("feedback")
+        model = f3.Sequential(f3.Linear(16, 12, "tanh", feedback), f3.Linear(12, 10, "tanh"), f3.Linear(10, 3))
     else:
         model = f3.models.MLP([16, 12, 10, 3])
     return f3.Trainer(model, **{"optimizer": f3.Adam(lr=0.01), "batch_size": 8, "device": "cpu", "seed": 2, **choices})
@@ -126,7 +131,7 @@ CHOICES = [
 @pytest.mark.parametrize("home", ["memory", "file"])
 def test_a_resumed_run_is_the_uninterrupted_one(choices: dict, home: str, tmp_path: Path) -> None:
     delayed = choices.get("method", "f3") == "f3"
-    if home == "file" and (not delayed or choices.get("window")):
+    if home == "file" and (not delayed or (choices.get("window") and choices.get("first_visit") != "stale")):
         pytest.skip("has no store of its own on disk")
     stored = {"error_store": str(tmp_path / "whole")} if home == "file" else {}
     whole = digest(run(None, **choices, **stored))
@@ -169,10 +174,12 @@ def test_more_epochs_go_on_where_the_learning_rate_is_constant(tmp_path: Path) -
         ({"error_dtype": "int8"}, "error dtype was 'auto' and is 'int8'"),
         ({"error_rank": 2}, "error rank was None and is 2"),
         ({"window": 20, "visits": 3}, "windows was None and is"),
+        ({"feedback": f3.Feedback(scale=2.0)}, r"feedback was \[.*scale=1\.0.*\] and is \[.*scale=2\.0.*\]"),
+        ({"feedback": torch.ones(3, 12)}, "feedback was .* and is .*given, "),
     ],
 )
 def test_another_run_is_refused(change: dict, message: str, tmp_path: Path) -> None:
-    run(tmp_path, until=6)
+    run(tmp_path, until=6, **({"feedback": "trinomial"} if "feedback" in change else {}))
     with pytest.raises(f3.InputError, match=message):
         run(tmp_path, **change)
 
@@ -204,6 +211,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
     with pytest.raises(f3.InputError, match="is sound; start anew"):
         newest(tmp_path, said.append)
     assert newest(tmp_path / "nothing", said.append) is None
+
+
+def test_what_a_killed_or_a_damaged_one_leaves_goes_with_the_next(tmp_path: Path) -> None:
+    """Half-written checkpoints, and those of later steps than the one that the run went back to."""
+    run(tmp_path, until=16)
+    half = tmp_path / ".step-000000000020.0123.tmp"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes(b"half")
+    last = tmp_path / "step-000000000015" / "state.json"
+    last.write_text(last.read_text()[:-2])
+    warned = []
+    trainer = make()
+    snapshot = newest(tmp_path, warned.append)
+    assert (len(warned), snapshot.state["steps"]) == (1, 10)
+    trainer.fit(problem(), 2, checkpoints=Checkpoints(tmp_path, 12, keep=1), resume=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000012"]
+
+
+def test_ctrl_c_leaves_a_last_checkpoint(tmp_path: Path) -> None:
+    whole = digest(run(None, first_visit="target", window=20, visits=3))
+    for moment in (4, 9, 1):  # in steps; none is a multiple of `every`
+        trainer = make(first_visit="target", window=20, visits=3)
+        steps = iter(range(1, 100))
+
+        def press(samples: int, steps: object = steps, moment: int = moment) -> None:
+            if next(steps) == moment:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        done = 0 if not tmp_path.exists() else sum(1 for _ in tmp_path.iterdir())
+        made, snapshot = Checkpoints(tmp_path, 100, keep=9), newest(tmp_path, print)
+        result = trainer.fit(problem(), 3, problem(), checkpoints=made, resume=snapshot, on_step=press)
+        assert result.status == "interrupted"
+        assert len(list(tmp_path.iterdir())) == done + 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    steps = sorted(int(path.name[5:]) for path in tmp_path.iterdir())
+    assert steps[-1] == result.steps
+    assert digest(run(tmp_path, first_visit="target", window=20, visits=3)) == whole
+
+
+def test_seconds_add_up(tmp_path: Path) -> None:
+    def slow(samples: int) -> None:
+        if list(tmp_path.iterdir()):
+            raise Killed
+        time.sleep(0.02)
+
+    with pytest.raises(Killed):
+        make().fit(problem(), 1, checkpoints=Checkpoints(tmp_path, 6), on_step=slow)
+    assert newest(tmp_path, print).state["learning_seconds"] >= 5 * 0.02
+    result = make().fit(problem(), 1, resume=newest(tmp_path, print))
+    assert result.learning_seconds >= 5 * 0.02
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +377,7 @@ def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path: Path) -> None:
     for until in (12, 3, 20, 31):
         fit(tmp_path, until)
     assert digest(fit(tmp_path)) == whole
+    train, test = f3.stream_dataset("digits", shuffle_buffer=80, max_train_samples=500)
+    trainer = f3.Trainer(f3.models.MLP([64, 16, 10]), device="cpu", seed=2, window=40, visits=2, batch_size=20)
+    with pytest.raises(f3.InputError, match=r"data was .*'shuffle_buffer': 200"):
+        trainer.fit(train, 4, test, resume=newest(tmp_path, print))

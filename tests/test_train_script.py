@@ -427,6 +427,27 @@ def test_resume_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--resume auto needs --output-dir" in fails(capsys, "--resume", "auto")
     assert "is not understood" in fails(capsys, "--checkpoint-every", "often", "--output-dir", tmp_path / "x")
     assert "--keep has no effect" in fails(capsys, "--keep", "3", "--output-dir", tmp_path / "x")
+    assert "cannot go together" in fails(capsys, *common, "--output-dir", other, "--resume", "auto", "--overwrite")
+    assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+
+def test_resuming_removes_no_store_of_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = [*FAST, "--quiet", "--max-train-samples", "100", "--checkpoint-every", "1e"]
+    assert run(*common, "--error-store", "./store", "--output-dir", "one") == 0
+    config = json.loads(Path("one/config.json").read_text())
+    assert config["options"]["error_store"] == str(tmp_path / "store")  # from wherever it is resumed
+    before = {path: path.read_bytes() for path in Path("store").iterdir()}
+    for _ in range(2):
+        assert "store" in fails(capsys, *common, "--error-store", "./store", "--output-dir", "two", "--resume", "auto")
+    assert before == {path: path.read_bytes() for path in Path("store").iterdir()}
+    shutil.rmtree("one/checkpoints")  # as though it had been killed before its first one
+    Path("one/summary.json").unlink()
+    assert run(*common, "--error-store", "./store", "--output-dir", "one", "--resume", "auto") == 0
+    monkeypatch.chdir("/")
+    assert run("--resume", tmp_path / "one") == 0
 
 
 def digits_without(whole: Path, tmp_path: Path) -> Path:

@@ -32,4 +32,5 @@ def identity(data: Data) -> dict[str, str | int | None]:
         "split": getattr(data, "split", None),
         "rows": len(data),
         "hash": digest.hexdigest(),
+        **getattr(data, "reading", {}),
     }

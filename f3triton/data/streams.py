@@ -6,6 +6,7 @@ first training rows, a number that is bounded; its test rows are held in memory,
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -188,6 +189,13 @@ class StreamDataset(Dataset):
 
     def __len__(self) -> int:
         return self.samples
+
+    @property
+    def reading(self) -> dict[str, int | str]:
+        """What else the rows of a run depend on, for `identity`: the buffer, and a hash of the preprocessing."""
+        fitted = {key: value for key, value in self.preprocessing.to_json().items() if key != "notes"}
+        digest = hashlib.blake2b(json.dumps(fitted, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return {"shuffle_buffer": self.shuffle_buffer, "preprocessing": digest}
 
     def to(self, device: torch.device | str) -> StreamDataset:
         first = self.inputs.to(device), self.targets.to(device)
