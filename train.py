@@ -545,6 +545,8 @@ def train(options: argparse.Namespace, compare: bool) -> None:
         return
     trainer = make_trainer(options, network, options.method, options.signal)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
+    if train_set.task == LANGUAGE_MODELING:  # the sample after training must not fail
+        f3.Predictor(trainer.model, train_set.preprocessing, "cross-entropy").first_tokens(*sample_settings(options))
     say(f"{title_of(network)}, {trainer.describe()}")
     store = trainer.store_for(train_set)
     if store is not None:
@@ -739,9 +741,13 @@ def sample_run(options: argparse.Namespace, given: set[str]) -> None:
 
 def sample_of(predictor: f3.Predictor, options: argparse.Namespace) -> str:
     """Text from a language model, the same for the same options."""
+    return predictor.generate(*sample_settings(options), options.seed)
+
+
+def sample_settings(options: argparse.Namespace) -> tuple[str | None, int, float]:
+    """(prompt, tokens, temperature)."""
     tokens = SAMPLE_TOKENS if options.tokens is None else options.tokens
-    temperature = TEMPERATURE if options.temperature is None else options.temperature
-    return predictor.generate(options.prompt, tokens, temperature, options.seed)
+    return options.prompt, tokens, TEMPERATURE if options.temperature is None else options.temperature
 
 
 def stored_options(options: object) -> argparse.Namespace:

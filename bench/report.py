@@ -88,7 +88,14 @@ def time_table() -> str:
     return f"{table(['', 'epochs of the run', 'steps', 'seconds'], lines)}\n\n{source('time-to-accuracy.json')}"
 
 
+def gpt_table() -> str:
+    from .gpt import show
+
+    return f"{show(read_result('gpt.json')['runs'])}\n\n{source('gpt.json')}"
+
+
 TABLES = {
+    "gpt": gpt_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),
     "step": step_table,

@@ -61,14 +61,8 @@ class Predictor(nn.Module):
 
         Raises InputError for a model of something else, a prompt that is empty or cannot be encoded, settings out of range.
         """
-        if self.preprocessing.kind != TEXT:
-            raise InputError(f"this model was trained on a data set of kind {self.preprocessing.kind!r}; only text has samples")
-        if not isinstance(tokens, int) or tokens < 1:
-            raise InputError(f"tokens of a sample must be a whole number of at least 1, got {tokens!r}")
-        if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-            raise InputError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+        ids = self.first_tokens(prompt, tokens, temperature)
         check_seed(seed)
-        ids = self._first_tokens(prompt)
         shown = 0 if prompt is not None else len(ids)
         context, device = self.preprocessing.shape[0], next(self.network.parameters()).device
         generator = torch.Generator().manual_seed(seed)
@@ -83,7 +77,14 @@ class Predictor(nn.Module):
         self.network.train(was_training)
         return self.preprocessing.tokenizer.decode(ids[shown:])
 
-    def _first_tokens(self, prompt: str | None) -> list[int]:
+    def first_tokens(self, prompt: str | None, tokens: int, temperature: float) -> list[int]:
+        """The token ids that `generate` begins with. Raises what it raises."""
+        if self.preprocessing.kind != TEXT:
+            raise InputError(f"this model was trained on a data set of kind {self.preprocessing.kind!r}; only text has samples")
+        if not isinstance(tokens, int) or tokens < 1:
+            raise InputError(f"tokens of a sample must be a whole number of at least 1, got {tokens!r}")
+        if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
+            raise InputError(f"temperature must be a finite number of at least 0, got {temperature!r}")
         tokenizer = self.preprocessing.tokenizer
         if prompt is None:
             try:

@@ -227,6 +227,8 @@ def test_bad_data(data) -> None:
     model = make(data[0])
     with pytest.raises(f3.InputError, match="9 tokens are more than the context 8"):
         model(torch.zeros(1, 9, dtype=torch.int64))
+    with pytest.raises(f3.InputError, match=r"a token id is outside 0..27, the model's vocabulary"):
+        model(torch.full((1, 3), 28))
     with pytest.raises(f3.InputError, match="needs token ids"):
         f3.Trainer(model).check((torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])), None, 1)
     with pytest.raises(f3.InputError, match="loss 'bce' does not go with language-modeling"):

@@ -131,6 +131,8 @@ def test_what_is_refused(text: Path, capsys: pytest.CaptureFixture[str], tmp_pat
         (["--task", "language-modeling"], "task 'language-modeling' needs a text"),
         (["--text", text, "--task", "regression"], "--text is for the task 'language-modeling', got --task regression"),
         (["--text", text, "--target", "y"], "--target has no effect with --text"),
+        ([*short, "--prompt", "7"], "prompt '7' has the character '7'"),
+        ([*short, "--tokens", 0], "tokens of a sample must be a whole number"),
         ([*short, "--loss", "mse"], "loss 'mse' does not go with language-modeling"),
         (["--text", text, "--tokenizer", "words"], "tokenizer 'words' is no file"),
         (["--context", 8], "--context has no effect without --text"),

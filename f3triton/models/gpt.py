@@ -51,7 +51,11 @@ class TokenEmbedding(Stage):
             raise InputError(f"a TokenEmbedding needs token ids [batch, tokens], got {x.dtype} of shape {list(x.shape)}")
         if x.shape[1] > self.context:
             raise InputError(f"{x.shape[1]} tokens are more than the context {self.context} of the model")
-        return functional.embedding(x, self.vectors()) + self.position[: x.shape[1]]
+        try:
+            tokens = functional.embedding(x, self.vectors())
+        except IndexError:  # a GPU has no time to look
+            raise InputError(f"a token id is outside 0..{self.vocabulary - 1}, the model's vocabulary") from None
+        return tokens + self.position[: x.shape[1]]
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
         h, mask = self._embed(x), None
