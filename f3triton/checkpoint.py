@@ -105,8 +105,7 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
         if not folder.is_dir():
             folder.mkdir(parents=True)
             sync(folder.parent)
-        for left in folder.glob(".step-*.tmp"):  # by a run that was killed here
-            shutil.rmtree(left)
+        remove_half_written(folder)
         temporary.mkdir()
         fault("checkpoint:begin")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, temporary / TENSORS)
@@ -129,15 +128,39 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
         fault("checkpoint:renamed")
         sync(folder)
         fault("checkpoint:complete")
-        there = sorted(found_in(folder), reverse=True)
-        older = [path for number, path in there if number < steps]
-        for old in [path for number, path in there if number > steps] + older[keep - 1 :]:
-            remove(old)
+        for number, later in found_in(folder):
+            if number > steps:
+                remove(later)
+        keep_last(folder, steps, keep)
         fault("checkpoint:removed")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"cannot write the checkpoint {str(final)!r}: {getattr(error, 'strerror', None) or error}") from None
     return final
+
+
+def tidy(folder: Path, steps: int, keep: int) -> None:
+    """Remove what the run that wrote the checkpoint of `steps` has left, where it was killed at that. Raises InputError."""
+    try:
+        remove_half_written(folder)
+        keep_last(folder, steps, keep)
+    except OSError as error:
+        raise InputError(f"cannot remove old checkpoints in {str(folder)!r}: {error.strerror}") from None
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a run that was killed has left of a checkpoint."""
+    for left in folder.glob(".step-*.tmp"):
+        shutil.rmtree(left)
+
+
+def keep_last(folder: Path, steps: int, keep: int) -> None:
+    """Remove the checkpoints before that of `steps`, but for the last `keep` - 1 of them."""
+    older = sorted(((number, path) for number, path in found_in(folder) if number < steps), reverse=True)
+    whole = [path for _, path in older if (path / MANIFEST).exists()]
+    for _, old in older:
+        if old not in whole[: keep - 1]:
+            remove(old)
 
 
 def remove(folder: Path) -> None:

@@ -140,7 +140,6 @@ class RunState:
             if store is not None:
                 own = {name.removeprefix("errors."): t for name, t in tensors.items() if name.startswith("errors.")}
                 store.restore(own, state["store_epoch"])
-                self.needs = self._needs_of_older(state["steps"]) | {state["steps"]: store.epoch}
             if self.stream is not None:
                 self.stream.restore(state["stream"])
             checkpoint.restore_random_states(tensors, trainer.device)
@@ -151,19 +150,27 @@ class RunState:
                 tally = Tally(learner.loss)
                 own = {name.removeprefix("tally."): t for name, t in tensors.items() if name.startswith("tally.")}
                 tally.restore(own, state["tally"], trainer.device)
+            self._tidy(state["steps"], state.get("store_epoch", 0))
             return state["epoch"], tally
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"the checkpoint lacks a part of the run: {type(error).__name__} {error}") from None
 
+    def _tidy(self, steps: int, store_epoch: int) -> None:
+        """Remove the checkpoints that the run would have removed, had it not been killed, and see what the others need.
 
-    def _needs_of_older(self, steps: int) -> dict[int, int]:
-        """What the checkpoints before this one would need, should it be found damaged one day."""
-        needs = {}
-        for number, path in [] if self.checkpoints is None else checkpoint.found_in(self.checkpoints.folder):
+        Those before this one are needed, should it be found damaged one day.
+        """
+        if self.checkpoints is None:
+            return
+        folder = self.checkpoints.folder
+        if steps in dict(checkpoint.found_in(folder)):
+            checkpoint.tidy(folder, steps, self.checkpoints.keep)
+        self.needs = {steps: store_epoch}
+        for number, path in checkpoint.found_in(folder):
             epoch = checkpoint.peek(path).get("store_epoch")
             if number < steps and isinstance(epoch, int):
-                needs[number] = epoch
-        return needs
+                self.needs[number] = epoch
+        self.release(getattr(self.trainer.learner, "store", None))
 
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:

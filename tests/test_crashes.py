@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -214,6 +215,7 @@ CHOICES = [
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 def test_killed_many_times(choices: dict, tmp_path: Path) -> None:
     """At least 30 kills for each choice, 240 in all."""
+    importlib.import_module("torch._dynamo")  # takes seconds, and torch's own optimizers would import it in every child
     began = time.perf_counter()
     expected = whole(tmp_path / "whole", **choices)
     seconds = time.perf_counter() - began
