@@ -81,7 +81,7 @@ def main() -> None:
     speeds = rates(data, 3 if options.quick else options.rounds, 50 if options.quick else 300)
     rows, lines = [], []
     for name, settings in METHODS.items():
-        for epochs in lengths:
+        for epochs in (n for n in lengths if n % settings.get("visits", 1) == 0):
             key = f"{name}, {epochs} epochs"
             if key not in runs:
                 runs[key] = run(data, settings, epochs, target)
