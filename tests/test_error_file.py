@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import shutil
@@ -265,13 +266,11 @@ def test_the_queues_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("broken", ["gather", "scatter"])
 def test_an_error_in_a_thread_ends_the_run_with_its_cause(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 0
+    calls = itertools.count()  # two threads may call at once, and each must have a number of its own
     really = getattr(MappedRows, broken)
 
     def breaks(self: MappedRows, *arguments: object) -> object:
-        nonlocal count
-        count += 1
-        if count == 5:
+        if next(calls) == 5:
             raise OSError(5, "Input/output error")
         return really(self, *arguments)
 
