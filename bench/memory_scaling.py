@@ -212,7 +212,7 @@ def main() -> None:
     rows = scaling(QUICK if options.quick else FULL, methods, measured)
     if not options.quick:
         candidates = tuple(m for m in methods if m not in ("dfa", "bp-compiled"))  # as bp, or too slow to compile
-        rows += largest_models(options.budget * MIB, replace(MLP, batch=4096), candidates, measured)
+        rows += largest_models(options.budget * MIB, MLP, candidates, measured)
     rows += error_stores()
     save(output, result("memory_scaling", rows, {"threads": 1}, device))
     measured.path.unlink()
