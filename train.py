@@ -33,7 +33,7 @@ from f3triton.feedback import LAWS, error_projection
 from f3triton.layers import FEEDBACK_AT, FEEDBACK_SHAPES
 from f3triton.models.build import MODELS, OPTIONS, build
 from f3triton.models.build import describe as describe_network
-from f3triton.models.transformer import GRANULARITIES
+from f3triton.models.transformer import GRANULARITIES, NORMS
 from f3triton.models.vit import EMBEDDINGS, POOLS
 from f3triton.network_budget import network_budget
 from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
@@ -148,7 +148,7 @@ def make_parser() -> Parser:
     add("--head-dim", type=int, metavar="N", help="transformers: features of a head; default: dim / heads")
     add("--mlp-width", type=int, metavar="N", help=f"transformers: units of the layer in a block{own('mlp_width')}")
     add("--dropout", type=float, metavar="P", help=f"transformers{own('dropout')}")
-    add("--norm", action=argparse.BooleanOptionalAction, help="vit: layer normalisation in the blocks; default: yes")
+    add("--norm", choices=tuple(NORMS), help=f"vit: normalisation in the blocks{own('norm')}")
     add("--tied", action="store_true", default=None, help="gpt: the head's weight is the tokens' embedding too")
     add("--patch-size", type=int, metavar="N", help=f"vit: pixels of a patch's side{own('patch_size')}")
     add("--embedding", choices=EMBEDDINGS, help=f"vit: one layer from the whole image, or one for each patch{own('embedding')}")

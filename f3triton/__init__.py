@@ -1,9 +1,9 @@
 """F3: neural networks trained with no backward pass (feed-forward with delayed feedback, arXiv 2304.13372).
 
-    import f3triton as f3
-    train, test = f3.load_dataset("digits")
-    model = f3.models.MLP([64, 500, 10], activation="tanh", feedback="trinomial")
-    f3.Trainer(model, loss="bce", optimizer=f3.Adam(lr=5e-4)).fit(train, epochs=50, test=test)
+import f3triton as f3
+train, test = f3.load_dataset("digits")
+model = f3.models.MLP([64, 500, 10], activation="tanh", feedback="trinomial")
+f3.Trainer(model, loss="bce", optimizer=f3.Adam(lr=5e-4)).fit(train, epochs=50, test=test)
 """
 
 from . import kernels, models
@@ -14,7 +14,7 @@ from .diagnostics import Diagnostics
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import SGD, Adam, AdamW
-from .layers import LayerNorm, Linear, Sequential, Stage
+from .layers import LayerNorm, Linear, RMSNorm, Sequential, Stage
 from .predictor import Predictor, load
 from .trainer import Trainer
 
@@ -33,6 +33,7 @@ __all__ = [
     "Layers",
     "Linear",
     "Predictor",
+    "RMSNorm",
     "Sequential",
     "Stage",
     "Trainer",

@@ -28,8 +28,7 @@ def convert(
 
     A stage ends after each of the submodules that `cut` names (as in `model.named_modules()`), the last stage at the output.
     Without `cut`, `model` must be an `nn.Sequential`, and each of its children with a linear or convolution layer begins one.
-    Stages of one `nn.Linear`, perhaps with an activation, become `Linear`s; the others `Block`s, in which every `nn.Linear` is
-    replaced by an `f3triton.Linear` with the same parameters, so that its weight gradient is never made.
+    Stages of one `nn.Linear`, perhaps with an activation, become `Linear`s; the others `Block`s.
 
     `example_input [batch, ...]` is run through both, in eval mode, and the results compared. Raises InputError where the model
     cannot be cut, and says where: a value that crosses a cut, a parameter used on both sides, control flow on values, `forward`
@@ -167,11 +166,7 @@ def _stage(part: list[nn.Module], feedback: str | Feedback, feedback_shape: str)
     if type(first) is nn.Linear and len(rest) <= 1 and all(type(module) in ACTIVATION_MODULES for module in rest):
         return _linear(first, ACTIVATION_MODULES[type(rest[0])] if rest else "identity", feedback)
     module = part[0] if len(part) == 1 else nn.Sequential(*part)
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not isinstance(parent, nn.MultiheadAttention):
-                setattr(parent, name, _linear(child, "identity", feedback))
-    return Block(_linear(module, "identity", feedback) if type(module) is nn.Linear else module, feedback, feedback_shape)
+    return Block(module, feedback, feedback_shape)
 
 
 def _linear(layer: nn.Linear, activation: str, feedback: str | Feedback) -> Linear:

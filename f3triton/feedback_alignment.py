@@ -10,7 +10,7 @@ from torch import Tensor
 from .engine import Data, batch, working_dtype
 from .exceptions import InputError
 from .kernels import eager
-from .layers import Linear, Sequential
+from .layers import Linear, Sequential, update_linear
 from .rules import Updater
 from .seeds import derived_seed
 
@@ -57,5 +57,5 @@ class FeedbackAlignmentLearner:
             delta = eager.times_slope(gradient.to(slope_from.dtype), slope_from, stages[number].activation)
             if number:
                 gradient = delta @ self.backward_weights[number]
-            stages[number].update(delta, inputs, updater, wants_input=False)
+            update_linear(stages[number], delta, inputs, updater, wants_input=False)
         return a, target

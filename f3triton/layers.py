@@ -13,12 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import modes
 from .exceptions import InputError
 from .feedback import Feedback
 from .kernels import eager
 from .kernels.generated import GeneratedFeedback
 from .kernels.reference import ACTIVATIONS
+from .modes import Mode
 from .rules import Updater
 from .seeds import derived_seed
 from .words import check_word
@@ -65,6 +65,7 @@ class Stage(nn.Module):
         self.register_buffer("feedback_matrix", None, persistent=False)
         self.generated: GeneratedFeedback | None = None  # instead of the matrix
         self.output_shape: torch.Size | None = None  # of a sample, known after `prepare`
+        self.mode: Mode | None = None  # set while the stage is a part of another one that learns
         if isinstance(feedback, Tensor):
             self.feedback_law = None
             self.feedback_matrix = feedback.detach().clone()
@@ -72,8 +73,7 @@ class Stage(nn.Module):
             self.feedback_law = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
 
     def forward(self, x: Tensor) -> Tensor:
-        mode = modes.current()
-        return self.compute(x) if mode is None else mode.run(self, x)
+        return self.compute(x) if self.mode is None else self.mode.run(self, x)
 
     def compute(self, x: Tensor) -> Tensor:
         """The output for `x [M, ...]`, and nothing else."""
@@ -207,9 +207,13 @@ class Linear(Stage):
         self.weight, self.bias = fresh.weight, fresh.bias  # [out, in], [out]
         self._act = _FORWARD[self.activation]
 
-    def compute(self, x: Tensor) -> Tensor:
+    def check_input(self, x: Tensor) -> None:
+        """Raise InputError for an input of another shape."""
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise InputError(f"a Linear stage needs an input of shape [batch, {self.in_features}], got {list(x.shape)}")
+
+    def compute(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         return self._act(functional.linear(x, self.weight, self.bias))
 
     def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
@@ -238,15 +242,10 @@ class Linear(Stage):
         return h if x.dim() == 2 else h.view(*shape, -1)
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Keeps the input and what the activation's slope comes from, as matrices."""
-        if updater.compute_dtype is not None:
-            x = x.to(updater.compute_dtype)
-        shape = x.shape[:-1]
-        if x.dim() != 2:
-            x = x.flatten(0, -2)
-        weight = updater.halves(self.weight).get("shadow", self.weight)
-        h, kept = updater.ops.linear_keep(x, weight, self.bias, self.activation)
-        return h if len(shape) == 1 else h.view(*shape, -1), (x, kept)
+        h, kept = keep_linear(self, x, updater, self.activation)
+        if h.dim() > 2:
+            self.check_shape(h)
+        return h, kept
 
     def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:
         slope_from = kept[1]  # [rows, N]
@@ -263,24 +262,7 @@ class Linear(Stage):
         x, slope_from = kept
         if gradient.dtype != slope_from.dtype:
             gradient = gradient.to(slope_from.dtype)
-        self.update(eager.times_slope(gradient, slope_from, self.activation), x, updater, wants_input=False)
-
-    def update(self, delta: Tensor, x: Tensor, updater: Updater, wants_input: bool) -> Tensor | None:
-        """Update from `delta^T x`; with `wants_input` returns the input's gradient `delta W`, taken from the old weight."""
-        u = updater
-        operation = u.ops.linear_backward_update_ if wants_input else u.ops.outer_product_update_
-        return operation(
-            self.weight,
-            self.bias,
-            delta,
-            x,
-            u.rule,
-            u.moments(self.weight),
-            u.moments(self.bias),
-            u.lr,
-            u.step,
-            **u.halves(self.weight),
-        )
+        update_linear(self, eager.times_slope(gradient, slope_from, self.activation), x, updater, wants_input=False)
 
     def extra_repr(self) -> str:
         law = "given" if self.feedback_law is None else self.feedback_law.law
@@ -288,8 +270,40 @@ class Linear(Stage):
         return f"{sizes}, activation={self.activation!r}, feedback={law!r}, bias={self.bias is not None}"
 
 
+def keep_linear(
+    layer: Linear | nn.Linear, x: Tensor, updater: Updater, activation: str = "identity"
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The output for `x [..., K]`, and what an update needs, as matrices: the input, and what the slope comes from."""
+    if updater.compute_dtype is not None:
+        x = x.to(updater.compute_dtype)
+    leading = x.shape[:-1]
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    weight = updater.halves(layer.weight).get("shadow", layer.weight)
+    h, kept = updater.ops.linear_keep(x, weight, layer.bias, activation)
+    return h if len(leading) == 1 else h.view(*leading, -1), (x, kept)
+
+
+def update_linear(layer: Linear | nn.Linear, delta: Tensor, x: Tensor, updater: Updater, wants_input: bool) -> Tensor | None:
+    """Update from `delta^T x`; with `wants_input` returns the input's gradient `delta W`, taken from the old weight."""
+    u = updater
+    operation = u.ops.linear_backward_update_ if wants_input else u.ops.outer_product_update_
+    return operation(
+        layer.weight,
+        layer.bias,
+        delta,
+        x,
+        u.rule,
+        u.moments(layer.weight),
+        u.moments(layer.bias),
+        u.lr,
+        u.step,
+        **u.halves(layer.weight),
+    )
+
+
 class LayerNorm(Stage):
-    """Layer normalisation over the last dimension, with a scale and a shift that can be taught directly (see `Layers`)."""
+    """Layer normalisation of `x [..., features]`, with a scale and a shift that can be taught directly (see `Layers`)."""
 
     def __init__(
         self, features: int, feedback: str | Feedback | Tensor = "trinomial", eps: float = 1e-5, feedback_shape: str = "full"
@@ -298,24 +312,47 @@ class LayerNorm(Stage):
         self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
 
+    def normalise(self, x: Tensor) -> Tensor:
+        """`x` with mean 0 and variance 1 over its features."""
+        return functional.layer_norm(x, self.weight.shape, eps=self.eps)
+
     def compute(self, x: Tensor) -> Tensor:
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, Tensor]:
-        normal = functional.layer_norm(x, self.weight.shape, eps=self.eps)
-        return normal * self.weight + self.bias, normal
+        normal = self.normalise(x)
+        h = normal * self.weight if self.bias is None else torch.addcmul(self.bias, normal, self.weight)
+        self.check_shape(h)
+        return h, normal
 
     def teach(self, kept: Tensor, error: Tensor, updater: Updater, scale: float) -> None:
         h = kept if self.feedback_at == "output" else kept * self.weight + self.bias
         self.finish(kept, self.signal(error, h, scale), updater)
 
     def finish(self, kept: Tensor, gradient: Tensor, updater: Updater) -> None:
-        by_feature = gradient.flatten(0, -2), kept.flatten(0, -2)  # [rows, features]
-        updater.apply(self.weight, (by_feature[0] * by_feature[1]).sum(0).to(self.weight.dtype))
-        updater.apply(self.bias, by_feature[0].sum(0).to(self.bias.dtype))
+        gradient, normal = gradient.reshape(-1, len(self.weight)), kept.reshape(-1, len(self.weight))  # [rows, features]
+        updater.apply(self.weight, (gradient * normal).sum(0).to(self.weight.dtype))
+        if self.bias is not None:
+            updater.apply(self.bias, gradient.sum(0).to(self.bias.dtype))
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+class RMSNorm(LayerNorm):
+    """`x / sqrt(mean(x^2) + eps)` over the features, with a scale (arXiv 1910.07467)."""
+
+    def __init__(
+        self, features: int, feedback: str | Feedback | Tensor = "trinomial", eps: float = 1e-5, feedback_shape: str = "full"
+    ) -> None:
+        super().__init__(features, feedback, eps, feedback_shape)
+        self.bias = None
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, eps=self.eps)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Sequential(nn.Module):

@@ -1,16 +1,17 @@
-"""What a stage inside another stage's module does when it is called: nothing special, unless a mode is active.
+"""What a stage inside another stage's module does when it is called: nothing special, unless it was given a mode.
 
-`Block` and `Layers` run a module of somebody else's making, and the `Linear`s and `LayerNorm`s in it have to learn on the way,
-with no word about it in the module's own `forward`.
+`Block` and `Layers` run a module of somebody else's making, and the `Linear`s and norms in it have to learn on the way, with no
+word about it in the module's own `forward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .layers import Stage
@@ -23,20 +24,27 @@ class Mode:
         """The output of `stage` for `x [..., features]`."""
         raise NotImplementedError
 
-
-_active: list[Mode] = []
+    def run_linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """The output of one of torch's own linear layers."""
+        return nn.Linear.forward(layer, x)
 
 
 @contextmanager
-def active(mode: Mode) -> Iterator[None]:
-    """Make `mode` the one that stages run in."""
-    _active.append(mode)
+def active(mode: Mode, module: nn.Module) -> Iterator[None]:
+    """Give `mode` to every stage and every `nn.Linear` in `module`, and take it away again.
+
+    It stands at the layer and not in a variable of the thread, because autograd runs activation checkpoints in its own threads.
+    """
+    before = [(part, part.mode) for part in module.modules() if hasattr(part, "mode")]
+    linears = [part for part in module.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
+    for stage, _ in before:
+        stage.mode = mode
+    for layer in linears:
+        layer.forward = partial(mode.run_linear, layer)
     try:
         yield
     finally:
-        _active.pop()
-
-
-def current() -> Mode | None:
-    """The mode that stages run in, if there is one."""
-    return _active[-1] if _active else None
+        for stage, its in before:
+            stage.mode = its
+        for layer in linears:
+            del layer.forward

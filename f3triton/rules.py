@@ -102,5 +102,7 @@ class Updater:
     @torch.no_grad()
     def apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """One parameter's update from its gradient, in place."""
-        seed = self._halves[parameter].get("seed")
-        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step, seed)
+        halves = self._halves[parameter]
+        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step, halves.get("seed"))
+        if "shadow" in halves:
+            halves["shadow"].copy_(parameter)

@@ -120,12 +120,6 @@ def test_a_sequential_needs_no_cuts() -> None:
     assert history[-1]["test_error"] < 20
 
 
-def test_no_weight_gradient_of_a_linear_inside_a_block() -> None:
-    theirs = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 3))
-    stages = f3.convert(nn.Sequential(nn.Sequential(theirs[0], theirs[1], theirs[2]), theirs[3]), images()[0][:2])
-    assert isinstance(stages[0].module[1], f3.Linear)
-
-
 class Skip(nn.Module):
     """A connection over two layers."""
 

@@ -27,7 +27,7 @@ MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNe
 # The options that each kind of network has beside `activation`, and their values where they are not given.
 _TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width": 128, "dropout": 0.0, "granularity": "block"}
 _GPT = {"heads": 4, "dim": 128, "mlp_width": None, "tied": False, "feedback_shape": "shared", "feedback_at": "normalised"}
-_VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": True}
+_VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": "layer"}
 OPTIONS: dict[str, dict[str, object]] = {
     "mlp": {"hidden": [500], "feedback_shape": "full"},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},

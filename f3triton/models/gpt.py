@@ -120,7 +120,7 @@ class GPT(Sequential):
         self.context = context
         blocks = [
             TransformerBlock(
-                dim, heads, mlp_width or 4 * dim, head_dim, activation, True, dropout, True, feedback, feedback_shape
+                dim, heads, mlp_width or 4 * dim, head_dim, activation, "layer", dropout, True, feedback, feedback_shape
             )
             for _ in range(depth)
         ]

@@ -9,15 +9,17 @@ from torch.nn import functional
 from ..block import Block, Layers
 from ..exceptions import InputError
 from ..feedback import Feedback
-from ..layers import LayerNorm, Linear, Stage
+from ..layers import LayerNorm, Linear, RMSNorm, Stage
 from ..words import check_word
 
 GRANULARITIES = ("block", "layer")
+NORMS = {"layer": LayerNorm, "rms": RMSNorm, "none": None}
 
 
 class Attention(nn.Module):
     """Self-attention over `x [M, tokens, dim]` with `heads` heads of `head_dim`; with `causal`, of a token to itself and those
-    before it. The output projection is left out for one head as wide as the token, as in the authors' code.
+    before it. Queries, keys and values have no bias. The output is projected (with bias) and dropped out, but for a single head
+    as wide as the token, as in the authors' code.
     """
 
     def __init__(
@@ -27,22 +29,24 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.causal = heads, dropout, causal
         inner = heads * head_dim
         self.qkv = Linear(dim, 3 * inner, feedback=feedback, bias=False, feedback_shape=feedback_shape)
-        projected = not (heads == 1 and head_dim == dim)
-        self.out = Linear(inner, dim, feedback=feedback, feedback_shape=feedback_shape) if projected else nn.Identity()
+        self.out, self.drop = nn.Identity(), nn.Identity()
+        if heads > 1 or head_dim != dim:
+            self.out = Linear(inner, dim, feedback=feedback, feedback_shape=feedback_shape)
+            self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "m t (three h d) -> three m h t d", three=3, h=self.heads)
         dropout = self.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
-        attended = self.out(rearrange(attended, "m h t d -> m t (h d)"))
-        return functional.dropout(attended, self.dropout, self.training) if isinstance(self.out, Linear) else attended
+        return self.drop(self.out(rearrange(attended, "m h t d -> m t (h d)")))
 
 
 class TransformerBlock(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, for `x [M, tokens, dim]`.
 
-    `head_dim` is `dim / heads` by default. Raises InputError for sizes below 1, heads that do not divide the dimension, or a
-    dropout outside 0..1.
+    `mlp_width` is that of the perceptron's hidden layer, with `activation`; `head_dim` is `dim / heads` by default; `norm` is
+    layer, rms or none; `dropout` is that of attention weights, hidden units and both branches' results. Raises InputError for
+    sizes below 1, heads that do not divide the dimension, or a dropout outside 0..1.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class TransformerBlock(nn.Module):
         mlp_width: int,
         head_dim: int | None = None,
         activation: str = "gelu",
-        norm: bool = True,
+        norm: str = "layer",
         dropout: float = 0.0,
         causal: bool = False,
         feedback: str | Feedback = "trinomial",
@@ -66,8 +70,9 @@ class TransformerBlock(nn.Module):
             raise InputError(f"{heads} heads do not divide the dimension {dim}; choose another number of heads, or a head dim")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, got {dropout}")
+        kind = NORMS[check_word("norm", norm, NORMS)]
         self.norm1, self.norm2 = (
-            LayerNorm(dim, feedback, feedback_shape=feedback_shape) if norm else nn.Identity() for _ in range(2)
+            nn.Identity() if kind is None else kind(dim, feedback, feedback_shape=feedback_shape) for _ in range(2)
         )
         self.attention = Attention(dim, heads, head_dim or dim // heads, dropout, causal, feedback, feedback_shape)
         self.rise = Linear(dim, mlp_width, activation, feedback, feedback_shape=feedback_shape)

@@ -84,7 +84,7 @@ class ViT(Sequential):
         head_dim: int | None = None,
         mlp_width: int = 128,
         activation: str = "tanh",
-        norm: bool = True,
+        norm: str = "layer",
         dropout: float = 0.0,
         embedding: str = "joint",
         positions: bool = False,
