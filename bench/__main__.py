@@ -23,13 +23,15 @@ import torch
 from .common import RESULTS
 
 HERE = Path(__file__).parent
-NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
+NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child", "error_store_peers"}
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output
 FULL = {
+    "error_codecs": ["--mnist", "{mnist}"],
     "gpt": ["--text", "{text}"],
     "kernel_report": ["--arch", "all"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
+    "vit": ["--mnist", "{mnist}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],
     "windows": ["--mnist", "{mnist}"],
 }

@@ -35,8 +35,15 @@ def processor() -> str:
 
 def origin(module: str, device: torch.device | None = None) -> dict:
     """Machine, versions, date and command of a measurement."""
+    words = iter(sys.argv[1:])
+    arguments = []
+    for word in words:  # where the result was written is of no use to a reader
+        if word in ("--output", "--folder"):
+            next(words, None)
+        else:
+            arguments.append(word)
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
         "device": device_name(device or torch.device("cpu")),

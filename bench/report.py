@@ -94,8 +94,29 @@ def gpt_table() -> str:
     return f"{show(read_result('gpt.json')['runs'])}\n\n{source('gpt.json')}"
 
 
+def vit_table() -> str:
+    from .vit import show
+
+    return f"{show(read_result('vit.json')['runs'])}\n\n{source('vit.json')}"
+
+
+def store_table() -> str:
+    from .error_store import show
+
+    return f"{show(read_result('error-store.json'))}\n\n{source('error-store.json')}"
+
+
+def codecs_table() -> str:
+    from .error_codecs import show
+
+    return f"{show(read_result('error-codecs.json')['rows'])}\n\n{source('error-codecs.json')}"
+
+
 TABLES = {
+    "error-codecs": codecs_table,
+    "error-store": store_table,
     "gpt": gpt_table,
+    "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),
     "step": step_table,

@@ -237,6 +237,27 @@ def test_a_plan_that_ends_early_and_one_without_writes(tmp_path: Path) -> None:
     assert torch.equal(store.rows, memory.rows)
 
 
+def test_rows_that_are_not_in_memory_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f3triton.errors.mapped.MAPPED_BYTES", 1 << 20)  # and leave this process's tables soon
+    width, samples = 2000, 2000
+    rows = Rows(samples, make_codec("float16", width, torch.float32), torch.device("cpu"), lambda i: torch.zeros(len(i), width))
+    store, every = FileStore.create(tmp_path, rows), torch.arange(samples)
+    values = torch.arange(samples)[:, None].repeat(1, width).half().float()
+    store.write(every, values)
+    store.commit()
+    asked = []
+    really = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments) or really(*arguments))
+    file = store.previous
+    file.forget()
+    really(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    cold = file._on_disk(every[::100])
+    for index in store.plan(torch.randperm(samples).split(100), torch.device("cpu")):
+        assert torch.equal(store.read(index), values[index])
+    assert bool(asked) == cold  # a file system in memory cannot forget
+    assert all(arguments[2] == 2 * width for arguments in asked)
+
+
 def test_the_queues_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FileStore.create(tmp_path, spec(samples=1000))
     asked, slow = [], threading.Event()
@@ -255,7 +276,7 @@ def test_the_queues_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     plan = store.plan(source(), torch.device("cpu"))
     for number, index in enumerate(plan):
-        assert len(asked) - number <= ahead.AHEAD
+        assert len(asked) - number <= ahead.AHEAD + ahead.ASKED
         if number == ahead.BEHIND:
             threading.Timer(0.05, slow.set).start()
         store.write(index, torch.zeros(10, WIDTH))

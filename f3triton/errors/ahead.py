@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ASKED = 16  # batches that the disk is asked for before they are read
 AHEAD = 8  # batches that are read before their turn, at most
 BEHIND = 8  # batches that are written after it
 
@@ -29,15 +30,24 @@ class Batch:
     number: int  # over the life of the store
     there: Tensor
     index: Tensor
-    rows: Future[Fetched | None]  # None: a sample of it was still to be written
+    rows: Future[Fetched | None] | None = None  # of None: a sample of it was still to be written
     written: bool = False
 
 
 class Ahead:
-    """`fetch(there) -> rows` in one thread and `put(there, rows)` in another, for batches in an order that is known."""
+    """`fetch(there) -> rows` in one thread and `put(there, rows)` in another, for batches in an order that is known.
 
-    def __init__(self, samples: int, fetch: Callable[[Tensor], Fetched], put: Callable[[Tensor, Tensor], None]) -> None:
-        self.fetch, self.put = fetch, put
+    `ask(there)`, if any, is called in the first thread, some time before the rows are fetched.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        ask: Callable[[Tensor], None] | None,
+        fetch: Callable[[Tensor], Fetched],
+        put: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        self.ask, self.fetch, self.put = ask, fetch, put
         self.last = torch.full((samples,), -1, dtype=torch.int32)  # the last batch that each sample is in; the reader's
         self.numbers = self.done = 0  # batches that were planned, and whose writes are done
         self.now: Batch | None = None  # whose step is running
@@ -48,12 +58,18 @@ class Ahead:
 
     def plan(self, batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         """The batches in their order, on `device`; each is `now` until the next is asked for."""
+        asked: deque[tuple[Tensor, Tensor]] = deque()  # (on the host, as given)
         queue: deque[Batch] = deque()
         source = iter(batches)
         try:
             while True:
-                while len(queue) < AHEAD and (index := next(source, None)) is not None:
-                    queue.append(self._begin(index, device))
+                while len(asked) + len(queue) < ASKED + AHEAD and (index := next(source, None)) is not None:
+                    there = index.cpu()
+                    asked.append((there, index))
+                    if self.ask is not None:
+                        self.reader.submit(self.ask, there)
+                while asked and len(queue) < AHEAD:
+                    queue.append(self._begin(*asked.popleft(), device))
                 if not queue:
                     return
                 self.now = queue.popleft()
@@ -66,8 +82,7 @@ class Ahead:
                 if not batch.rows.cancel():
                     batch.rows.exception()  # waits for the one that is being read
 
-    def _begin(self, index: Tensor, device: torch.device) -> Batch:
-        there = index.cpu()
+    def _begin(self, there: Tensor, index: Tensor, device: torch.device) -> Batch:
         if device.type == "cuda" and index.device.type == "cpu":
             index = there.pin_memory()
         number, self.numbers = self.numbers, self.numbers + 1

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..budget import readable_bytes
 from ..exceptions import InputError
+from . import mapped
 from .ahead import Ahead
 from .faults import fault
 from .folder import check_new, lock_for_a_run, loose_files, require_same
@@ -125,7 +126,8 @@ class FileStore(ErrorStore):
     def plan(self, batches: Iterable[Tensor], device: torch.device) -> Iterable[Tensor]:
         """Reads the rows of batches to come, and writes those of batches gone by, while a step runs; see `ahead`."""
         if self.ahead is None:
-            self.ahead = Ahead(self.samples, self._stored, self._put)
+            ask = self._will_need if self.kind.file_bytes > mapped.MAPPED_BYTES else None
+            self.ahead = Ahead(self.samples, ask, self._stored, self._put)
         return self.ahead.plan(batches, device)
 
     def read(self, index: Tensor) -> Tensor:
@@ -176,6 +178,11 @@ class FileStore(ErrorStore):
         if visited.any():
             rows[visited] = self._written().gather(there[visited])
         return rows, None
+
+    def _will_need(self, there: Tensor) -> None:
+        for file in (self.previous, self.current):
+            if file is not None:
+                file.will_need(there)
 
     def _put(self, there: Tensor, rows: Tensor) -> None:
         self._written().scatter(there, rows)

@@ -14,6 +14,8 @@ from ..exceptions import InputError
 from .format import ROWS_AT, Kind, open_regular, os_errors_named
 
 MAPPED_BYTES = 1 << 28  # of a file's pages that may be in this process's resident memory, about
+AROUND = 1 << 16  # bytes that the system maps around one that is touched
+PROBES = 8  # rows of a batch that are tried
 
 
 class MappedRows:
@@ -37,7 +39,8 @@ class MappedRows:
             all_bytes = torch.frombuffer(self.map, dtype=torch.uint8)
         self.rows = all_bytes[ROWS_AT : kind.bitmap_at].view(storage).view(kind.samples, -1)
         self.written = all_bytes[kind.bitmap_at :]  # uint8 [ceil(samples / 8)], the first sample in the lowest bit
-        self.row_pages = 2 + kind.row_bytes // mmap.PAGESIZE if size > MAPPED_BYTES else 0  # of a row, at most
+        self.row_bytes = kind.row_bytes
+        self.touches = kind.row_bytes + AROUND if size > MAPPED_BYTES else 0  # bytes mapped for a row, at most
         self.touched = 0
 
     def gather(self, index: Tensor) -> Tensor:
@@ -52,11 +55,39 @@ class MappedRows:
 
     def _touch(self, rows: int) -> None:
         """Keep resident memory bounded: pages leave this process's tables, not the system's cache, and nothing is lost."""
-        self.touched += rows * self.row_pages * mmap.PAGESIZE
+        self.touched += rows * self.touches
         if self.touched > MAPPED_BYTES:
             self.forget()
 
+    def will_need(self, index: Tensor) -> None:
+        """Ask the system to read the rows of the samples `index [M]` from disk, all at once, where they are not in memory.
+
+        A page that is not there costs a visit to the disk when it is touched, one page after the other: 150 us each on the
+        disk of `bench.error_store`, and 25 us when they were asked for together before.
+        """
+        if self._on_disk(index[:: max(1, len(index) // PROBES)]):
+            for sample in index.tolist():
+                os.posix_fadvise(self.descriptor, self._at(sample), self.row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _on_disk(self, index: Tensor) -> bool:
+        """Whether one of these rows is not in the system's cache; False where the system cannot say."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        byte = bytearray(1)
+        try:
+            for sample in index.tolist():
+                os.preadv(self.descriptor, [byte], self._at(sample), os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:  # the file system does not know the flag
+            return False
+        return False
+
+    def _at(self, sample: int) -> int:
+        return ROWS_AT + sample * self.row_bytes
+
     def forget(self) -> None:
+        """Leave no page of the file in this process's tables."""
         self.touched = 0
         if hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
