@@ -15,6 +15,7 @@ took and which share of them was spent waiting for the store's threads.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from .common import RESULTS, result, row, save, table
 from .error_store_peers import PROVIDERS, make_rows
 
 BATCH = 256
+OPTIONAL = ("h5py", "zarr", "lmdb")
 SECONDS = 4.0  # after which a run stops, wherever it is
 SIZES = [(60_000, 10), (60_000, 1000), (1_280_000, 10), (1_280_000, 1000)]
 STEPS = [(60_000, 10), (1_280_000, 1000)]
@@ -230,6 +232,14 @@ def show(content: dict) -> str:
     return "\n\n".join(parts)
 
 
+def installed() -> list[str]:
+    """The providers whose packages are there; the others are named."""
+    missing = [name for name in PROVIDERS if name in OPTIONAL and importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out, not installed (pip install 'f3triton[bench]'): {', '.join(missing)}", flush=True)
+    return [name for name in PROVIDERS if name not in missing]
+
+
 def size_of(text: str) -> tuple[int, int]:
     samples, _, width = text.partition("x")
     return int(samples), int(width)
@@ -265,7 +275,7 @@ def main() -> None:
             content["training"][f"{samples:,} x {width:,}"] = found
             keep()
         for samples, width in sizes:
-            found = compare(folder, samples, width, rounds, 40 if options.quick else 234, list(PROVIDERS))
+            found = compare(folder, samples, width, rounds, 40 if options.quick else 234, installed())
             content["batches"][f"{samples:,} x {width:,}"] = found
             keep()
     finally:

@@ -251,6 +251,20 @@ def visits_of_images(data: StreamDataset) -> torch.Tensor:
     return data.read(data.reader(), len(data))[0]
 
 
+def test_a_sorted_stream_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "sorted.parquet"
+    for order in ("ascending", "mixed"):
+        rows = table(200).sort_by([("y", "ascending")] if order == "ascending" else [("z", "ascending")])
+        if order == "mixed":
+            rows = rows.take(np.random.default_rng(0).permutation(200))
+        pq.write_table(rows, path)
+        for buffer in (50, 200):
+            data, test = f3.stream_dataset(path, shuffle_buffer=buffer)
+            warned = [note for note in data.preprocessing.describe() if "WARNING" in note and "lack 1 of the 2 classes" in note]
+            assert bool(warned) == (order == "ascending" and buffer == 50)
+            assert data.preprocessing is test.preprocessing
+
+
 def test_a_stream_has_an_identity(tmp_path: Path) -> None:
     one, _ = f3.stream_dataset(write(tmp_path, "csv"))
     same, _ = f3.stream_dataset(write(tmp_path, "csv"))

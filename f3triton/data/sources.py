@@ -96,14 +96,26 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             if path.stat().st_size == 0:
                 raise InputError(f"file {name!r} is empty")
             _none_of(f"file {name!r}", config=config)
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
             files = glob.escape(str(path.resolve()))
             return dict(datasets.load_dataset(reader, data_files=files, streaming=streaming, **options))
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
-        return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming))
+        options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
+        return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming, **options))
+
+
+def _bounded(wanted: bool) -> dict[str, Any]:
+    """Options by which a parquet file that is streamed is not held in memory as far as it was read: arrow would keep it all."""
+    if not wanted:
+        return {}
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    known = "fragment_scan_options" in ParquetConfig.__dataclass_fields__  # from datasets 4.2 on
+    return {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False)} if known else {}
 
 
 def _hub(name: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from .load import encode
 from .preprocessing import Preprocessing
 from .sources import open_source, reading
 from .splits import choose_splits
-from .targets import encode_target
+from .targets import CLASSIFICATION, encode_target
 
 if TYPE_CHECKING:
     import datasets
@@ -293,8 +293,27 @@ def stream_dataset(
     if samples > len(first):
         notes = [*notes, f"statistics: of the first {len(first):,} training rows, of {samples:,}"]
     fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task)
+    if samples > shuffle_buffer:
+        notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, shuffle_buffer)]
+        fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))
     train = StreamDataset(source, samples, shuffle_buffer, fitted.inputs, fitted.targets, fitted.preprocessing, revision)
     return train, test_set
+
+
+def _sorted_note(train: Dataset, test: Dataset, buffer: int) -> list[str]:
+    """A warning where the first buffer has no sample of a class of which, going by the test set, it should have ten or more."""
+    if train.task != CLASSIFICATION:
+        return []
+    seen = train.targets[:buffer]  # [rows]
+    there, expected = (torch.bincount(t, minlength=train.outputs) for t in (seen, test.targets))  # [C]
+    missing = int(((there == 0) & (expected / len(test) * len(seen) >= 10)).sum())
+    if not missing:
+        return []
+    return [
+        f"WARNING: the first {len(seen):,} training rows lack {missing} of the {train.outputs} classes, as if the rows were "
+        "sorted; a stream in such an order teaches a network to forget. Shuffle the files, or raise shuffle_buffer "
+        "(--shuffle-buffer)"
+    ]
 
 
 def _samples(source: Source, most: int | None, local: bool) -> int:
