@@ -89,6 +89,7 @@ def number_of_samples(text: str) -> int | str:
 def own(option: str) -> str:
     """An option's default by kind of network, for its help."""
     values = {kind: its[option] for kind, its in OPTIONS.items() if option in its}
+    values = {kind: "4 dim" if value is None else value for kind, value in values.items()}  # of an MLP in a block
     plain = {kind: " ".join(map(str, value)) if isinstance(value, list) else str(value) for kind, value in values.items()}
     one = set(plain.values())
     return f"; default: {one.pop() if len(one) == 1 else ', '.join(f'{value} ({kind})' for kind, value in plain.items())}"
