@@ -20,35 +20,38 @@ from f3triton.kernels.dispatch import BACKENDS
 from f3triton.kernels.reference import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 import f3triton as f3
-from f3triton.budget import Budget, describe, mlp_budget, readable_bytes
-from f3triton.checkpoint import Checkpoints, Snapshot, newest, parse_every
+from f3triton.base.device import pick_device
+from f3triton.base.precision import PRECISIONS, matmul_precision, resolve_precision
+from f3triton.base.seeds import check_seed
+from f3triton.base.text import readable_bytes
 from f3triton.data import Dataset, StreamDataset
 from f3triton.data.identity import identity
 from f3triton.data.streams import BUFFER, STATISTICS
 from f3triton.data.targets import LANGUAGE_MODELING
-from f3triton.diagnostics import Diagnostics, summary_lines
-from f3triton.engine import Diverged, evaluate
-from f3triton.errors import ERROR_DTYPES, Codec, check_home, is_folder, pick_home, remove_store
-from f3triton.feedback import LAWS, error_projection
-from f3triton.layers import FEEDBACK_AT, FEEDBACK_SHAPES
+from f3triton.error_store import ERROR_DTYPES, Codec, check_home, is_folder, pick_home, remove_store
+from f3triton.learn.signal import METHODS, resolve_loss, resolve_signal
 from f3triton.models.build import MODELS, OPTIONS, build
 from f3triton.models.build import describe as describe_network
 from f3triton.models.transformer import GRANULARITIES, NORMS
 from f3triton.models.vit import EMBEDDINGS, POOLS
-from f3triton.network_budget import network_budget
-from f3triton.precision import PRECISIONS, matmul_precision, resolve_precision
+from f3triton.network.feedback import LAWS, error_projection
+from f3triton.network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
+from f3triton.network.updater import RULES, make_rule
 from f3triton.recipes import open_data, read_recipe, recipe_names, split_name
-from f3triton.report import Console, shown
-from f3triton.resume import require_same, settings_of
-from f3triton.rules import RULES, make_rule
-from f3triton.runs import CHECKPOINTS, FORMAT, RunFolder, read_json
-from f3triton.schedules import SCHEDULES
-from f3triton.seeds import check_seed
-from f3triton.signals import METHODS, resolve_loss, resolve_signal
-from f3triton.streaming import check_stream
-from f3triton.summary import summarise, versions
-from f3triton.trainer import SWITCH, FitResult, Record, Trainer, error_codec, pick_device, test_record
-from f3triton.windows import DEFAULT_VISITS, FIRST_VISITS, Windows, check_epochs, resolve_windows, steps_per_epoch
+from f3triton.run.budget import Budget, describe, mlp_budget
+from f3triton.run.checkpoint import Checkpoints, Snapshot, newest, parse_every
+from f3triton.run.console import Console, shown
+from f3triton.run.diagnostics import Diagnostics, summary_lines
+from f3triton.run.folder import CHECKPOINTS, FORMAT, RunFolder, read_json
+from f3triton.run.network_budget import network_budget
+from f3triton.run.records import Record, test_record
+from f3triton.run.schedule import SCHEDULES
+from f3triton.run.state import require_same, settings_of
+from f3triton.run.summary import summarise, versions
+from f3triton.run.tally import Diverged, evaluate
+from f3triton.run.trainer import SWITCH, FitResult, Trainer, error_codec
+from f3triton.visits.streams import check_stream
+from f3triton.visits.windows import DEFAULT_VISITS, FIRST_VISITS, Windows, check_epochs, resolve_windows, steps_per_epoch
 
 SAMPLE_TOKENS, TEMPERATURE = 300, 0.8
 

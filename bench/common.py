@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from f3triton.summary import device_name, versions
+from f3triton.run.summary import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import f3triton as f3
-from f3triton.errors import make_codec
+from f3triton.error_store import make_codec
 
 from .common import RESULTS, result, row, save, table
 

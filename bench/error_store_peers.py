@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from f3triton.errors import FileStore, Rows, make_codec
+from f3triton.error_store import FileStore, Rows, make_codec
 
 CHUNK = 1 << 14  # rows at a time, while the files are filled
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from f3triton import Predictor
-from f3triton.exceptions import InputError
+from f3triton.base.exceptions import InputError
 
 from .common import RESULTS, result, row, save, table
 

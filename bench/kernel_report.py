@@ -20,7 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from f3triton.kernels import SGD, Adam, tiles, triton_linear, triton_ops, triton_output
+from f3triton.kernels import SGD, Adam
+from f3triton.kernels.gpu import linear as triton_linear
+from f3triton.kernels.gpu import ops as triton_ops
+from f3triton.kernels.gpu import output as triton_output
+from f3triton.kernels.gpu import tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 

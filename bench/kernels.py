@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from f3triton.kernels import SGD, Adam, eager, new_moments, triton_ops
+from f3triton.kernels import SGD, Adam, eager, new_moments
+from f3triton.kernels.gpu import ops as triton_ops
 from torch import Tensor
 from torch.nn import functional
 

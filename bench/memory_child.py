@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.network_budget import SavedTensors
+from f3triton.run.network_budget import SavedTensors
 
 METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
 CLASSES = 10

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from f3triton.errors import make_codec
+from f3triton.error_store import make_codec
 
 from .common import RESULTS, result, row, save, table, write_result
 from .memory_child import CLASSES, METHODS, measure

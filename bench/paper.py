@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from f3triton.exceptions import InputError
+from f3triton.base.exceptions import InputError
 from f3triton.recipes import read_recipe, recipe_names
 
 from .common import RESULTS, result, row, save, table

@@ -7,16 +7,20 @@ f3.Trainer(model, loss="bce", optimizer=f3.Adam(lr=5e-4)).fit(train, epochs=50, 
 """
 
 from . import kernels, models
-from .block import Block, Layers
-from .convert import convert
+from .base.exceptions import InputError
 from .data import Dataset, load_dataset, load_text, stream_dataset
-from .diagnostics import Diagnostics
-from .exceptions import InputError
-from .feedback import Feedback
 from .kernels import SGD, Adam, AdamW
-from .layers import LayerNorm, Linear, RMSNorm, Sequential, Stage
-from .predictor import Predictor, load
-from .trainer import Trainer
+from .network.block import Block
+from .network.convert import convert
+from .network.feedback import Feedback
+from .network.layers import Layers
+from .network.linear import Linear
+from .network.norm import LayerNorm, RMSNorm
+from .network.sequential import Sequential
+from .network.stage import Stage
+from .run.diagnostics import Diagnostics
+from .run.predictor import Predictor, load
+from .run.trainer import Trainer
 
 __version__ = "0.1.0"
 

@@ -38,7 +38,7 @@ def backend(name: str, device: torch.device, precision: str = "float32") -> Modu
         raise ValueError("backend 'triton' has no precision 'float64'; use backend 'torch', or another precision")
     reason = _fault(device, precision)
     if reason is None:
-        operations = importlib.import_module("f3triton.kernels.triton_ops")
+        operations = importlib.import_module("f3triton.kernels.gpu.ops")
         return operations.with_precision("tf32") if precision == "tf32" else operations
     if name == "triton":
         raise ValueError(f"backend 'triton' {reason}; use backend 'torch'")
@@ -50,7 +50,8 @@ def backend(name: str, device: torch.device, precision: str = "float32") -> Modu
 def _fault(device: torch.device, precision: str) -> str | None:
     """Why the Triton kernels cannot be used on this device; None where they can."""
     try:
-        from . import selfcheck, triton_ops  # noqa: F401 - whether it can be imported at all
+        from . import selfcheck
+        from .gpu import ops as triton_ops  # noqa: F401 - whether it can be imported at all
     except ImportError as error:
         return f"needs the triton package, which cannot be imported: {error}"
     if device.type != "cuda":

@@ -36,7 +36,7 @@ def _step(ops: ModuleType | SimpleNamespace, rule: SGD | Adam, operands: tuple[T
 @cache
 def fault(device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
     """What is wrong with the kernels on this device, with products in this type; None if nothing is. Once a process."""
-    from . import triton_ops
+    from .gpu import ops as triton_ops
 
     ops = triton_ops.with_precision(precision)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.rules import Updater, torch_optimizer
+from f3triton.network.updater import Updater, torch_optimizer
 
 CPU = torch.device("cpu")
 

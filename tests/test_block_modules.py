@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.rules import Updater, torch_optimizer
+from f3triton.network.updater import Updater, torch_optimizer
 
 
 class Twice(nn.Module):

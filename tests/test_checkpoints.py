@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import f3triton as f3
-from f3triton import checkpoint
-from f3triton.checkpoint import Checkpoints, moment_tensors, newest, parse_every, read
-from f3triton.errors.file import FileStore
+from f3triton.error_store.disk.file import FileStore
+from f3triton.run import checkpoint
+from f3triton.run.checkpoint import Checkpoints, moment_tensors, newest, parse_every, read
 
 
 class Killed(BaseException):

@@ -25,11 +25,11 @@ import pytest
 import torch
 
 import f3triton as f3
-from f3triton.checkpoint import CHECKPOINT_LABELS, Checkpoints, moment_tensors, newest
-from f3triton.errors import faults
-from f3triton.errors.file import FileStore
-from f3triton.errors.format import Generation, check_file, rows_file
-from f3triton.resume import RunState
+from f3triton.base import faults
+from f3triton.error_store.disk.file import STORE_LABELS, FileStore
+from f3triton.error_store.disk.format import Generation, check_file, rows_file
+from f3triton.run.checkpoint import CHECKPOINT_LABELS, Checkpoints, moment_tensors, newest
+from f3triton.run.state import RunState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +37,7 @@ import train as script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-LABELS = (*CHECKPOINT_LABELS, *faults.STORE_LABELS)
+LABELS = (*CHECKPOINT_LABELS, *STORE_LABELS)
 Hook = Callable[[str], None] | None
 
 

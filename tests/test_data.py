@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from f3triton.base.exceptions import InputError
 from f3triton.data import Dataset, Preprocessing, load_dataset
-from f3triton.exceptions import InputError
 
 
 def table(rows=40, **columns):

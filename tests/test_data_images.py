@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from f3triton.base.exceptions import InputError
 from f3triton.data import Preprocessing, cache, images, load_dataset
-from f3triton.exceptions import InputError
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})

@@ -6,8 +6,8 @@ import time
 import datasets
 import pytest
 
+from f3triton.base.exceptions import InputError
 from f3triton.data import load_dataset
-from f3triton.exceptions import InputError
 
 COLUMNS = {"x": [1.0, 2.0, 3.0, 4.0, 5.0], "label": [0, 1, 0, 1, 0]}
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from f3triton.base.exceptions import InputError
 from f3triton.data import Preprocessing, load_dataset
-from f3triton.exceptions import InputError
 
 WINE = Path(__file__).parents[2] / "shared" / "data" / "wine-quality"
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import f3triton as f3
-from f3triton.diagnostics import Diagnostics, angle, draw, effective_rank, separability, summary_lines
+from f3triton.run.diagnostics import Diagnostics, angle, draw, effective_rank, separability, summary_lines
 
 
 def problem(samples: int = 200) -> f3.Dataset:

@@ -19,9 +19,12 @@ from test_train_script import fails, run
 from test_trainer import mlp, problem, train, weights
 
 import f3triton as f3
-from f3triton.errors import ErrorStore, FileStore, MemoryStore, Rows, ahead, faults, make_codec, remove_store
-from f3triton.errors.format import ROWS_AT, read_manifest, verify
-from f3triton.errors.mapped import MappedRows
+from f3triton.base import faults
+from f3triton.error_store import ErrorStore, FileStore, MemoryStore, Rows, make_codec, remove_store
+from f3triton.error_store.disk import ahead
+from f3triton.error_store.disk.file import STORE_LABELS
+from f3triton.error_store.disk.format import ROWS_AT, read_manifest, verify
+from f3triton.error_store.disk.mapped import MappedRows
 
 SAMPLES, WIDTH = 37, 5
 
@@ -238,7 +241,7 @@ def test_a_plan_that_ends_early_and_one_without_writes(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_in_memory_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("f3triton.errors.mapped.MAPPED_BYTES", 1 << 20)  # and leave this process's tables soon
+    monkeypatch.setattr("f3triton.error_store.disk.mapped.MAPPED_BYTES", 1 << 20)  # and leave this process's tables soon
     width, samples = 2000, 2000
     rows = Rows(samples, make_codec("float16", width, torch.float32), torch.device("cpu"), lambda i: torch.zeros(len(i), width))
     store, every = FileStore.create(tmp_path, rows), torch.arange(samples)
@@ -351,12 +354,12 @@ def test_every_label_is_met(tmp_path: Path) -> None:
     store = FileStore.create(tmp_path, spec())
     faults.hook = met.append
     three_epochs(store)
-    assert set(met) == set(faults.STORE_LABELS)
+    assert set(met) == set(STORE_LABELS)
 
 
 @pytest.mark.usefixtures("_no_hook")
 @pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("label", faults.STORE_LABELS)
+@pytest.mark.parametrize("label", STORE_LABELS)
 def test_stopped_at_every_moment(label: str, number: int, tmp_path: Path) -> None:
     """Whatever the moment, the folder as it is then opens at an epoch's beginning, and ends as if nothing had happened."""
     memory = MemoryStore(spec())
@@ -413,7 +416,7 @@ def test_pages_that_were_not_synced_are_lost(broken: bool, tmp_path: Path, monke
     disk = Disk(monkeypatch)
     store, cuts, damaged = FileStore.create(tmp_path / "a", spec()), 0, 0
     if broken:
-        monkeypatch.setattr("f3triton.errors.mapped.MappedRows.sync", lambda self: self.map.flush())
+        monkeypatch.setattr("f3triton.error_store.disk.mapped.MappedRows.sync", lambda self: self.map.flush())
 
     def cut(label: str) -> None:
         nonlocal cuts, damaged
@@ -558,10 +561,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_and_one_that_cannot_be_written(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(f3.InputError, match=r"needs 1\.0 MiB for 2 generations of rows, and 64\.0 KiB are free"):
         FileStore.create(small_disk / "store", spec())
-    monkeypatch.setattr("f3triton.errors.folder.SPARE_BYTES", 0)
+    monkeypatch.setattr("f3triton.error_store.disk.folder.SPARE_BYTES", 0)
     FileStore.create(small_disk / "store", spec()).close()
     remove_store(small_disk / "store")
-    monkeypatch.setattr("f3triton.errors.folder.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+    monkeypatch.setattr(
+        "f3triton.error_store.disk.folder.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+    )
     with pytest.raises(f3.InputError, match=r"cannot reserve 16\.7 KiB .*: No space left on device"):
         FileStore.create(small_disk / "store", spec(), generations=4)
     assert files(small_disk / "store") == {}

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_error_file import files, spec, visit
 
 import f3triton as f3
-from f3triton.errors import FileStore
-from f3triton.errors.format import ROWS_AT, header, rows_file
-from f3triton.errors.inspect import inspect, main
+from f3triton.error_store import FileStore
+from f3triton.error_store.disk.format import ROWS_AT, header, rows_file
+from f3triton.error_store.disk.inspect import inspect, main
 
 FILE = rows_file(1)
 
@@ -316,5 +316,5 @@ def test_inspect_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for path in (tmp_path / "none", tmp_path):
         assert main(["inspect", str(path)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("python -m f3triton.errors: error: error store")
+        assert error.startswith("python -m f3triton.error_store: error: error store")
         assert error.count("\n") == 1

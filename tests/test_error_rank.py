@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import f3triton as f3
-from f3triton.errors import make_codec
-from f3triton.errors.codecs import ByPosition
-from f3triton.feedback import error_projection
+from f3triton.error_store import make_codec
+from f3triton.error_store.codecs import ByPosition
+from f3triton.network.feedback import error_projection
 
 RANK = 3
 

@@ -12,7 +12,7 @@ from test_train_script import run
 from test_trainer import mlp, problem, train, weights
 
 import f3triton as f3
-from f3triton.errors import ERROR_DTYPES, MemoryStore, Rows, make_codec, pick_home
+from f3triton.error_store import ERROR_DTYPES, MemoryStore, Rows, make_codec, pick_home
 
 
 def errors(rows: int = 40, width: int = 11, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +189,7 @@ def test_settings_without_effect_are_refused(settings: dict, method: str) -> Non
 def test_auto_takes_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert pick_home("auto", 1000, cpu) == pick_home("device", 1000, cpu) == "memory"
-    monkeypatch.setattr("f3triton.errors.homes.available_memory", lambda: 1999)
+    monkeypatch.setattr("f3triton.error_store.homes.available_memory", lambda: 1999)
     with pytest.raises(f3.InputError, match=r"needs 1000 B.* 2\.0 KiB"):
         pick_home("auto", 1000, cpu)
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import f3triton as f3
 from f3triton.data.text import TextDataset
-from f3triton.layers import LayerNorm, Linear
+from f3triton.network.linear import Linear
+from f3triton.network.norm import LayerNorm
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 4
 CONTEXT = 8
@@ -173,7 +174,7 @@ def test_windows_of_text(data, window: int) -> None:
 
 def test_dropout_masks_what_is_learned() -> None:
     from f3triton.models.gpt import TokenEmbedding
-    from f3triton.rules import Updater
+    from f3triton.network.updater import Updater
 
     stage = TokenEmbedding(5, 3, 4, 0.5, torch.eye(5, 4), "shared").double()
     stage.prepare(torch.zeros(1, 3, dtype=torch.int64), 5, 0, 3)

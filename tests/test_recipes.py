@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from f3triton.exceptions import InputError
+from f3triton.base.exceptions import InputError
 from f3triton.recipes import open_data, read_recipe, recipe_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

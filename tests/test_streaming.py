@@ -20,8 +20,8 @@ import f3triton as f3
 from f3triton.data import streams
 from f3triton.data.identity import identity
 from f3triton.data.streams import Source, StreamDataset, StreamReader
-from f3triton.streaming import StreamOrder, StreamView
-from f3triton.windows import Windows, steps_per_epoch
+from f3triton.visits.streams import StreamOrder, StreamView
+from f3triton.visits.windows import Windows, steps_per_epoch
 
 ROWS = 230
 

@@ -278,7 +278,7 @@ def test_a_disk_that_fills_up_while_it_trains(capsys: pytest.CaptureFixture[str]
     """/dev/full is a disk without space: the line must say so."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    from f3triton.runs import _named
+    from f3triton.run.folder import _named
 
     refused = pytest.raises(f3.InputError, match=r"cannot write '/dev/full': the disk is full")
     with refused, _named(Path("/dev/full"), "write"), open("/dev/full", "w") as file:

@@ -70,7 +70,7 @@ def test_every_tile_compiles(architecture: str) -> None:
 
 @needs_triton
 def test_the_tables_cover_what_the_choosers_return() -> None:
-    from f3triton.kernels import tiles
+    from f3triton.kernels.gpu import tiles
 
     from bench.kernel_report import cases
 

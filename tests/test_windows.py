@@ -12,7 +12,7 @@ from test_trainer import mlp, problem, train, weights
 from torch import nn
 
 import f3triton as f3
-from f3triton.windows import WindowOrder, Windows, resolve_windows, steps_per_epoch
+from f3triton.visits.windows import WindowOrder, Windows, resolve_windows, steps_per_epoch
 
 OWN = {"window": 24, "visits": 3}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import IMAGE, PIXELS, UNUSABLE, VECTOR, Rows, is_numeric, kind_of, listed
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "class")  # looked for in this order, in any case

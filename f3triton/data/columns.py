@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 
 # What a column can be used as.
 IMAGE = "image"  # encoded images: PNG, JPEG, ...

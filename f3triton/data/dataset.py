@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .preprocessing import TENSORS, Preprocessing
 from .targets import CLASSIFICATION, REGRESSION, Target
 

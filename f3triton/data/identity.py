@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ..engine import Data
+    from ..base.data import Data
 
 SAMPLED = 64  # rows that are hashed
 

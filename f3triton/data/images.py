@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from . import cache
 from .columns import PIXELS, RaggedError, Rows, dense, image_layout, kind_of, one_line
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ..exceptions import InputError
-from ..seeds import check_seed
+from ..base.exceptions import InputError
+from ..base.seeds import check_seed
 from .choose import choose_inputs, choose_target, reject
 from .columns import Rows, listed
 from .dataset import Dataset

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, listed, raw_column, rows_from
 from .images import convert_images, load_images, match_channels
 from .tables import Column, encode_table

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import listed, one_line
 
 BUNDLED = ("digits",)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import listed
 
 TEST_NAMES = ("test", "validation", "valid", "dev")  # tried in this order

@@ -1,7 +1,7 @@
 """Data sets that are read as they come, from the first row to the last, and never held whole.
 
-Rows have no random access, so a stream is trained in windows (see `f3triton.streaming`). Its preprocessing is fitted on the
-first training rows, a number that is bounded; its test rows are held in memory, a bounded number too.
+Rows have no random access, so a stream is trained in windows (see `f3triton.visits.streams`). Its preprocessing is fitted on
+the first training rows, a number that is bounded; its test rows are held in memory, a bounded number too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
-from ..seeds import check_seed
+from ..base.exceptions import InputError
+from ..base.seeds import check_seed
 from .columns import Rows
 from .dataset import Dataset
 from .load import encode

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import CATEGORY, Rows, numbers, words
 
 MAX_CATEGORIES = 1000  # a column of words with more distinct ones is taken for free text

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, kind_of, listed, numbers, words
 from .tables import UnusableColumnError, moments, standardise
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import listed, one_line
 from .dataset import Dataset
 from .preprocessing import TEXT, Preprocessing

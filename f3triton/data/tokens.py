@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..exceptions import InputError
+from ..base.exceptions import InputError
 from .columns import one_line
 
 CHARACTERS, BYTES, FILE = "characters", "bytes", "file"

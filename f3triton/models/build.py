@@ -10,11 +10,11 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..base.choices import check_word
+from ..base.exceptions import InputError
 from ..data.targets import LANGUAGE_MODELING
-from ..exceptions import InputError
-from ..feedback import Feedback
-from ..layers import Sequential
-from ..words import check_word
+from ..network.feedback import Feedback
+from ..network.sequential import Sequential
 from .convnet import ConvNet
 from .gpt import GPT
 from .mlp import MLP

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..block import Block
-from ..exceptions import InputError
-from ..feedback import Feedback
+from ..base.choices import check_word
+from ..base.exceptions import InputError
 from ..kernels.reference import ACTIVATIONS
-from ..layers import Linear, Sequential, activate, not_shared
-from ..words import check_word
+from ..network.block import Block
+from ..network.feedback import Feedback
+from ..network.linear import Linear, activate
+from ..network.sequential import Sequential
+from ..network.stage import not_shared
 
 
 class Convolution(nn.Module):

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..block import Block
-from ..exceptions import InputError
-from ..feedback import Feedback
-from ..layers import FEEDBACK_AT, LayerNorm, Linear, Sequential, Stage
-from ..rules import Updater
-from ..words import check_word
+from ..base.choices import check_word
+from ..base.exceptions import InputError
+from ..network.block import Block
+from ..network.feedback import Feedback
+from ..network.linear import Linear
+from ..network.norm import LayerNorm
+from ..network.sequential import Sequential
+from ..network.stage import FEEDBACK_AT, Stage
+from ..network.updater import Updater
 from .transformer import TransformerBlock, as_stage
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..exceptions import InputError
-from ..feedback import Feedback
-from ..layers import Linear, Sequential
+from ..base.exceptions import InputError
+from ..network.feedback import Feedback
+from ..network.linear import Linear
+from ..network.sequential import Sequential
 
 
 class MLP(Sequential):

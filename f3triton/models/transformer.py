@@ -6,11 +6,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..block import Block, Layers
-from ..exceptions import InputError
-from ..feedback import Feedback
-from ..layers import LayerNorm, Linear, RMSNorm, Stage
-from ..words import check_word
+from ..base.choices import check_word
+from ..base.exceptions import InputError
+from ..network.block import Block
+from ..network.feedback import Feedback
+from ..network.layers import Layers
+from ..network.linear import Linear
+from ..network.norm import LayerNorm, RMSNorm
+from ..network.stage import Stage
 
 GRANULARITIES = ("block", "layer")
 NORMS = {"layer": LayerNorm, "rms": RMSNorm, "none": None}

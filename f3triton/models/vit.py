@@ -8,12 +8,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..block import Block
-from ..exceptions import InputError
-from ..feedback import Feedback
-from ..layers import Linear, Sequential, not_shared
-from ..rules import Updater
-from ..words import check_word
+from ..base.choices import check_word
+from ..base.exceptions import InputError
+from ..network.block import Block
+from ..network.feedback import Feedback
+from ..network.linear import Linear
+from ..network.sequential import Sequential
+from ..network.stage import not_shared
+from ..network.updater import Updater
 from .transformer import TransformerBlock, as_stage
 
 EMBEDDINGS = ("joint", "patch")

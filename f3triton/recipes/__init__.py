@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..exceptions import InputError
-from ..words import check_word
+from ..base.choices import check_word
+from ..base.exceptions import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -6,7 +6,8 @@ import os
 
 import pytest
 import torch
-from f3triton.kernels import dispatch, selfcheck, triton_ops
+from f3triton.kernels import dispatch, selfcheck
+from f3triton.kernels.gpu import ops as triton_ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

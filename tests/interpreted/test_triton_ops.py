@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from f3triton.kernels import SGD, Adam, AdamW, GeneratedFeedback, eager, new_moments, reference
-from f3triton.kernels import triton_ops as ops
+from f3triton.kernels.gpu import ops
 from f3triton.kernels.rounding import round_stochastic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

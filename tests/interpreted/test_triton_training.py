@@ -55,7 +55,7 @@ def test_float64_is_refused() -> None:
 
 def test_tf32_takes_the_same_way() -> None:
     if INTERPRETED:
-        from f3triton.kernels import triton_ops
+        from f3triton.kernels.gpu import ops as triton_ops
 
         x, weight = torch.randn(5, 6), torch.randn(7, 6)
         assert torch.equal(triton_ops.with_precision("tf32").linear_forward(x, weight), triton_ops.linear_forward(x, weight))

@@ -1,0 +1,26 @@
+"""The losses of a network's last output, by torch's own functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def mean_loss(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """torch's own mean loss of the last stage's output `a [M, C]`, under autograd where that is on."""
+    if loss == "bce":
+        return functional.binary_cross_entropy_with_logits(a, target)
+    if loss == "cross-entropy":
+        return functional.cross_entropy(a, target)
+    return functional.mse_loss(a, target)
+
+
+@torch.no_grad()
+def losses_by_sample(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """The loss of each sample, `[M]`: its mean over samples is the training loss."""
+    if loss == "bce":
+        return functional.binary_cross_entropy_with_logits(a, target, reduction="none").mean(-1)
+    if loss == "cross-entropy":
+        return functional.cross_entropy(a, target, reduction="none")
+    return (a - target).square().mean(-1)

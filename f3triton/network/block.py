@@ -1,0 +1,170 @@
+"""A stage made of any module, with exact gradients inside it and none beyond its input."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from ..base.exceptions import InputError
+from ..base.precision import autocast
+from ..kernels import eager
+from . import calls as modes
+from .feedback import Feedback
+from .linear import Linear, keep_linear, update_linear
+from .stage import Stage
+from .updater import Updater
+
+
+class _FusedLinear(torch.autograd.Function):
+    """A linear layer under autograd whose backward updates weight and bias itself: their gradients never exist."""
+
+    @staticmethod
+    def forward(
+        ctx: object, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Linear | nn.Linear, activation: str, mode: _Learning
+    ) -> Tensor:
+        h, kept = keep_linear(layer, x, mode.updater, activation)
+        ctx.save_for_backward(*kept)
+        ctx.layer, ctx.activation, ctx.mode, ctx.shape, ctx.dtype = layer, activation, mode, x.shape, x.dtype
+        return h
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, slope_from = ctx.saved_tensors  # [rows, K], [rows, N]
+        layer, mode = ctx.layer, ctx.mode
+        gradient = gradient.reshape(slope_from.shape).to(slope_from.dtype)
+        delta = eager.times_slope(gradient, slope_from, ctx.activation)
+        wants_input = ctx.needs_input_grad[0]
+        weight_gradient = bias_gradient = None
+        if mode.fused(layer):
+            dx = update_linear(layer, delta, x, mode.updater, wants_input)
+        else:  # used twice, or by others too: all of its gradients have to come together before it changes
+            dx = delta @ layer.weight.to(delta.dtype) if wants_input else None
+            weight_gradient, bias_gradient = mode.updater.ops.outer_product(delta, x)
+            weight_gradient = weight_gradient.to(layer.weight.dtype)
+            bias_gradient = None if layer.bias is None else bias_gradient.to(layer.bias.dtype)
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
+        return dx, weight_gradient, bias_gradient, None, None, None
+
+
+class _Learning(modes.Mode):
+    """The mode of a `Block`'s pass: its linear layers run through `_FusedLinear`."""
+
+    def __init__(self, updater: Updater, shared: set[int] | None) -> None:
+        self.updater, self.shared = updater, shared  # ids of parameters with more than one use
+        self.updated: set[int] = set()  # ids of those that were updated inside the backward pass
+
+    def run(self, stage: Stage, x: Tensor) -> Tensor:
+        if not isinstance(stage, Linear) or not self._learns(stage):
+            return stage.compute(x)
+        stage.check_input(x)
+        return _FusedLinear.apply(x, stage.weight, stage.bias, stage, stage.activation, self)
+
+    def run_linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        if x.dim() < 2 or not self._learns(layer):
+            return super().run_linear(layer, x)
+        return _FusedLinear.apply(x, layer.weight, layer.bias, layer, "identity", self)
+
+    def fused(self, layer: Linear | nn.Linear) -> bool:
+        """Whether this is the only use of the layer's parameters, so that they can be updated here."""
+        own = {id(p) for p in (layer.weight, layer.bias) if p is not None}
+        if own & self.shared:
+            return False
+        self.updated |= own
+        return True
+
+    @staticmethod
+    def _learns(layer: Linear | nn.Linear) -> bool:
+        return torch.is_grad_enabled() and layer.weight.requires_grad and (layer.bias is None or layer.bias.requires_grad)
+
+
+def _used_again(h: Tensor) -> set[int]:
+    """The ids of the parameters that come into `h` in more than one place, by a walk through its graph."""
+    uses: Counter[int] = Counter()
+    waiting, seen = [h.grad_fn], {h.grad_fn}
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if hasattr(node, "variable"):
+                uses[id(node.variable)] += 1
+            elif node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return {key for key, count in uses.items() if count > 1}
+
+
+def one_tensor(h: object, module: nn.Module) -> Tensor:
+    if isinstance(h, Tensor):
+        return h
+    raise InputError(f"the module of a Block must return one tensor, but {type(module).__name__} returned a {type(h).__name__}")
+
+
+class Block(Stage):
+    """Any module as a stage: exact gradients inside, seeded at its output with `e B` in the output's shape.
+
+    The module runs under autograd on a detached input; its parameters are updated, and its gradients and activations freed,
+    before the next stage runs. The weight gradients of linear layers in it (`f3.Linear`, `nn.Linear`) never exist: the layer is
+    updated where they would be formed, after its input's gradient was taken from the old weight. All other parameters, and
+    those of a linear layer that is used twice, are updated as soon as their gradient is complete. The output must be one
+    floating tensor `[M, ...]` of a fixed shape.
+
+    `feedback_shape`: see `Stage`.
+    """
+
+    def __init__(
+        self, module: nn.Module, feedback: str | Feedback | Tensor = "trinomial", feedback_shape: str = "full"
+    ) -> None:
+        super().__init__(feedback, feedback_shape)
+        self.module = module
+        self.shared: set[int] | None = None  # ids of parameters with more than one use, known after the first learning pass
+
+    def prepare(self, x: Tensor, outputs: int, seed: int | None, positions: int = 1) -> Tensor:
+        self.shared = None
+        return super().prepare(x, outputs, seed, positions)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return one_tensor(self.module(x), self.module)
+
+    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, _Learning]]:
+        mode = _Learning(updater, self.shared)
+        with torch.enable_grad(), autocast(x.device, updater.compute_dtype), modes.active(mode, self.module):
+            h = self.compute(x.detach())
+        self.check_shape(h)
+        if self.shared is None and h.requires_grad:
+            self.shared = mode.shared = _used_again(h)
+        return h.detach(), (h, mode)
+
+    def teach(self, kept: tuple[Tensor, _Learning], error: Tensor, updater: Updater, scale: float) -> None:
+        self._backward(kept, self.signal(error, kept[0], scale), updater)
+
+    def finish(self, kept: tuple[Tensor, _Learning], gradient: Tensor, updater: Updater) -> None:
+        if kept[0].dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
+            raise InputError("a Block as last stage needs more range than float16 has; use precision 'bfloat16', or a Linear")
+        self._backward(kept, gradient, updater)
+
+    def _backward(self, kept: tuple[Tensor, _Learning], gradient: Tensor, updater: Updater) -> None:
+        h, mode = kept
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            return
+        if not h.requires_grad:
+            raise InputError(f"{type(self.module).__name__} in a Block cuts the gradient between its parameters and its output")
+
+        def update(parameter: nn.Parameter) -> None:
+            if parameter.grad is not None:  # it is, where a linear layer was updated already
+                if id(parameter) in mode.updated:
+                    raise InputError(
+                        f"the module of a Block, {type(self.module).__name__}, uses a weight more often than before"
+                    )
+                updater.apply(parameter, parameter.grad)
+                parameter.grad = None
+
+        for p in parameters:
+            p.grad = None  # should the user have left one there
+        handles = [p.register_post_accumulate_grad_hook(update) for p in parameters]
+        try:
+            with modes.active(mode, self.module):  # activation checkpoints inside run forward again
+                torch.autograd.backward(h, gradient.to(h.dtype))
+        finally:
+            for handle in handles:
+                handle.remove()

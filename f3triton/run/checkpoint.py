@@ -1,0 +1,349 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, in folders that are whole or not there.
+
+A checkpoint is a folder `step-NNNNNNNNNNNN` with `tensors.safetensors` (weights, buffers, moments, errors, outputs whose loss
+has not been looked at yet, states of the random generators), `state.json` (where the run is, its records and settings) and
+`manifest.json` (the two files' sizes and SHA-256). It is written under another name, put on disk file by file, the manifest
+last, and then renamed: a folder of that name without a sound manifest was damaged later, and is named and passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..base.exceptions import InputError
+from ..base.faults import fault
+
+# In the order in which a checkpoint meets them (see `errors.faults`).
+CHECKPOINT_LABELS = (
+    "checkpoint:begin",  # its folder is there, under another name
+    "checkpoint:tensors",  # written
+    "checkpoint:state",  # written
+    "checkpoint:synced",
+    "checkpoint:manifest",  # written and synced, and the folder
+    "checkpoint:renamed",
+    "checkpoint:complete",  # and so is that on disk
+    "checkpoint:removing",  # an old one has lost its manifest
+    "checkpoint:removed",  # all old ones are gone
+)
+
+FORMAT = 1
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"step-(\d{12})")
+LARGEST_JSON = 1 << 28  # bytes; records of very long runs have a few million
+CHUNK = 1 << 22
+
+
+@dataclass
+class Snapshot:
+    """A run at one moment: `tensors` by name, and `state`, which JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+@dataclass
+class Checkpoints:
+    """Where checkpoints go, and when: after every `every` steps, or with `epochs` after every `every` epochs; the last `keep`
+    of them are kept.
+
+    Raises InputError for numbers below 1.
+    """
+
+    folder: Path
+    every: int
+    epochs: bool = False
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder).expanduser()
+        for name, value in (("checkpoint every", self.every), ("keep", self.keep)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def due(self, steps: int) -> bool:
+        """Whether there is one after so many steps."""
+        return not self.epochs and steps % self.every == 0
+
+    def due_after_epoch(self, epochs: int) -> bool:
+        """Whether there is one after so many epochs."""
+        return self.epochs and epochs % self.every == 0
+
+
+def parse_every(text: str) -> tuple[int, bool]:
+    """`500` is every 500 steps, `2e` (or `2epochs`) every 2 epochs. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d{1,12})\s*(steps?|e|epochs?)?", text.strip())
+    if found is None or int(found[1]) < 1:
+        raise InputError(f"checkpoint every {text!r} is not understood; allowed: a number of steps (500) or of epochs (2e)")
+    return int(found[1]), (found[2] or "s").startswith("e")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
+    """Write a checkpoint, and remove all but the last `keep`. Raises InputError where disk or folder do not allow it.
+
+    Those of later steps are removed too: they are of a run that went back to before them, because they were damaged.
+    """
+    final = folder / f"step-{steps:012d}"
+    temporary = folder / f".{final.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        remove_half_written(folder)
+        temporary.mkdir()
+        fault("checkpoint:begin")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, temporary / TENSORS)
+        fault("checkpoint:tensors")
+        text = json.dumps({"format": FORMAT, **snapshot.state}, allow_nan=True)
+        (temporary / STATE).write_text(text, encoding="utf-8")
+        fault("checkpoint:state")
+        files = {}
+        for name in (TENSORS, STATE):
+            sync(temporary / name)
+            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+        fault("checkpoint:synced")
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        fault("checkpoint:manifest")
+        if final.exists():  # the same step again, after going back to an older checkpoint
+            remove(final)
+        temporary.rename(final)
+        fault("checkpoint:renamed")
+        sync(folder)
+        fault("checkpoint:complete")
+        for number, later in found_in(folder):
+            if number > steps:
+                remove(later)
+        keep_last(folder, steps, keep)
+        fault("checkpoint:removed")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"cannot write the checkpoint {str(final)!r}: {getattr(error, 'strerror', None) or error}") from None
+    return final
+
+
+def tidy(folder: Path, steps: int, keep: int) -> None:
+    """Remove what the run that wrote the checkpoint of `steps` has left, where it was killed at that. Raises InputError."""
+    try:
+        remove_half_written(folder)
+        keep_last(folder, steps, keep)
+    except OSError as error:
+        raise InputError(f"cannot remove old checkpoints in {str(folder)!r}: {error.strerror}") from None
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a run that was killed has left of a checkpoint."""
+    for left in folder.glob(".step-*.tmp"):
+        shutil.rmtree(left)
+
+
+def keep_last(folder: Path, steps: int, keep: int) -> None:
+    """Remove the checkpoints before that of `steps`, but for the last `keep` - 1 of them."""
+    older = sorted(((number, path) for number, path in found_in(folder) if number < steps), reverse=True)
+    whole = [path for _, path in older if (path / MANIFEST).exists()]
+    for _, old in older:
+        if old not in whole[: keep - 1]:
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that a half-removed one is not taken for a damaged one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    fault("checkpoint:removing")
+    shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def found_in(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(steps, folder) of every checkpoint by name."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            name = NAME.fullmatch(path.name)
+            if name and path.is_dir() and not path.is_symlink():
+                yield int(name[1]), path
+
+
+def newest(folder: Path, warn: Any) -> Snapshot | None:
+    """The newest sound checkpoint in `folder`, None where there is none; damaged ones are told to `warn`, one line each.
+
+    A folder without a manifest was being removed, and is passed over without a word. Raises InputError where there are
+    checkpoints with a manifest, but not a sound one.
+    """
+    damaged = []
+    for _, path in sorted(found_in(folder), reverse=True):
+        if not (path / MANIFEST).exists():
+            continue
+        try:
+            return read(path)
+        except InputError as error:
+            damaged.append(error)
+            warn(f"{error}; taking the one before")
+    if damaged:
+        raise InputError(f"no checkpoint in {str(folder)!r} is sound; start anew in another folder")
+    return None
+
+
+def read(folder: Path) -> Snapshot:
+    """A checkpoint, after sizes and hashes have been compared. Raises InputError for one that is not sound."""
+    manifest = _json(folder / MANIFEST, folder)
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"checkpoint {str(folder)!r} has the format {manifest.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
+        raise InputError(f"checkpoint {str(folder)!r} is damaged: its manifest does not name {TENSORS} and {STATE}")
+    for name, told in files.items():
+        path = folder / name
+        if not isinstance(told, dict) or path.is_symlink() or not path.is_file():
+            raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
+        if path.stat().st_size != told.get("bytes"):
+            raise InputError(
+                f"checkpoint {str(folder)!r} is damaged: {name} has {path.stat().st_size} bytes, not {told.get('bytes')}"
+            )
+        if sha256(path) != told.get("sha256"):
+            raise InputError(f"checkpoint {str(folder)!r} is damaged: the content of {name} is not what was written")
+    state = _json(folder / STATE, folder)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {str(folder)!r} is damaged: {error}") from None
+    return Snapshot(tensors, state)
+
+
+def _json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
+            raise InputError(
+                f"checkpoint {str(folder)!r} is damaged: {path.name} is a link, or larger than {LARGEST_JSON} bytes"
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"checkpoint {str(folder)!r} is damaged: {path.name} cannot be read ({type(error).__name__})"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {str(folder)!r} is damaged: {path.name} holds no JSON object")
+    return content
+
+
+def peek(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint that may be damaged; empty where it cannot be read."""
+    try:
+        return _json(folder / STATE, folder)
+    except InputError:
+        return {}
+
+
+# --- what a run consists of -------------------------------------------------------------------------------------------
+
+
+def network_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
+    return {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def moment_tensors(learner: Any, model: nn.Module) -> dict[str, Tensor]:
+    """The update rule's buffers and step counts, by the parameters' names: the very tensors that the rule works on."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if hasattr(learner, "updater"):
+        updater = learner.updater
+        found = {f"moments.{names[p]}.{i}": m for p, moments in updater._moments.items() for i, m in enumerate(moments)}
+        return found | {"moments": updater.step}
+    optimizer = learner.optimizer
+    for p in names:  # torch makes a parameter's buffers at its first step
+        if not optimizer.state.get(p) and p.requires_grad:
+            _make_torch_state(optimizer, p)
+    return {
+        f"moments.{names[p]}.{key}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _make_torch_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """The state that torch's optimizer begins with."""
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.SGD):
+        if group["momentum"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return
+    device = parameter.device if group["fused"] else torch.device("cpu")
+    optimizer.state[parameter] |= {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def restore_tensors(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copy `saved` into tensors of the same names, shapes and types. Raises InputError where one does not fit."""
+    for name, tensor in into.items():
+        other = saved.get(name)
+        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
+            found = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
+            raise InputError(
+                f"{what} of the checkpoint do not fit: {name} is {found}, needed {tensor.dtype} {list(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(saved[name])
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's global generators, which dropout draws from."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(saved: dict[str, Tensor], device: torch.device) -> None:
+    """Set torch's global generators."""
+    torch.set_rng_state(saved["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in saved:
+        torch.cuda.set_rng_state(saved["random.cuda"], device)
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings that are not what they were, a phrase each."""
+    return [
+        f"{name.replace('_', ' ')} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]

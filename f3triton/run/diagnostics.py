@@ -1,0 +1,260 @@
+"""What F3's updates have to do with the true gradient, layer by layer, while a network trains.
+
+A twin of the network gets the exact gradient by backpropagation on the same samples; nothing of it reaches the training.
+Figures of a stage, at each call:
+
+- `angle`: degrees between its F3 update and the true gradient, over all of its parameters. Below 90 the update still lowers
+  the loss (arXiv 2304.13372, and feedback alignment: Lillicrap et al. 2016); `norm_ratio` is the one's norm over the other's
+- `weights_angle`: degrees between `-B` and the product of the weights behind it, `W_L ... W_{l+1} [C, N]`, where all of
+  those stages are Linear: what alignment is (the sign is that of the update, `+ e B` with `e = y* - y`)
+- `separability`: percent of held-out samples that a linear readout, fitted by ridge regression, gets right from its output
+- `rank`: effective rank of its error signal `[M, units]`: the exponential of the entropy of its singular values
+  (Roy and Vetterli 2007); it cannot exceed C
+- `moved`: norm of the change of its parameters since the last call over their norm
+
+And of the error, where it is delayed: `error_cosine` of the stored error and the present one, and `sign_flips`, the share of
+entries that changed sign: how stale it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..base.data import batch
+from ..base.exceptions import InputError
+from ..base.precision import working_dtype
+from ..data import Dataset, StreamDataset
+from ..kernels.eager import output_error
+from ..learn.loss import mean_loss
+from ..learn.step import F3Learner
+from ..network.linear import Linear
+from .trainer import Trainer
+
+Record = dict[str, object]
+
+
+class Diagnostics:
+    """Figures of the stages on `samples` fixed training samples; call it with a record of `fit`: `on_record=diagnostics`.
+
+    `records` holds one dict a call, `warnings` what should not be. Changes nothing in the training, and draws no random number
+    of its.
+    """
+
+    def __init__(self, trainer: Trainer, train: Dataset, samples: int = 512) -> None:
+        if samples < 4:
+            raise InputError(f"diagnostics need at least 4 samples, got {samples}")
+        if isinstance(train, StreamDataset):
+            raise InputError("diagnostics (--diagnose) look at the same samples again and again, which a stream does not keep")
+        self.trainer, self.train = trainer, train
+        generator = torch.Generator().manual_seed(trainer.seed)
+        self.index = torch.randperm(len(train), generator=generator)[: min(samples, len(train))]
+        self.records: list[Record] = []
+        self.warnings: list[str] = []
+        self.before: list[Tensor] = [_flat(stage) for stage in trainer.model.stages]
+        self.last_error: Tensor | None = None
+
+    def __call__(self, record: Record) -> None:
+        """Take the figures after the epoch that `record` is of."""
+        trainer, learner = self.trainer, self.trainer.learner
+        data = trainer.place(self.train)
+        twin = copy.deepcopy(trainer.model).to(working_dtype(trainer.model)).eval()
+        x, target = batch(data, self.index.to(data.device), working_dtype(twin), trainer.device)
+        loss = learner.loss
+        exact, features, output = _exact_gradients(twin, x, target, loss)
+        found: Record = {"epoch": record["epoch"]}
+        error, stored = None, None
+        if isinstance(learner, F3Learner) and learner.signal.source != "none":
+            error = output_error(output, target, loss, learner.signal.source, learner.signal.link)[1]
+            error = learner.reduce(error, target)  # [M, C or rank], the present one
+            stored = self._taught_by(learner, target, error)
+            if learner.signal.delayed and self.records:
+                found |= _staleness(stored, error)
+            if learner.signal.mask and learner.projection is None:
+                stored = stored * target
+        self.last_error = error
+        found["stages"] = [
+            self._stage(position, twin, features, exact[position], stored, target) for position in range(len(twin.stages))
+        ]
+        self._warn(found, learner)
+        self.records.append(found)
+
+    def _taught_by(self, learner: F3Learner, target: Tensor, error: Tensor) -> Tensor:
+        """The error that the hidden stages of these samples learn from at their next visit, `[M, C or rank]`."""
+        target = learner.reduce(target, target)
+        if learner.signal.current:
+            return error
+        if not learner.signal.delayed:
+            return target
+        if learner.store.samples == len(self.train):
+            return learner.store.read(self.index.to(learner.device)).to(error.dtype)
+        return target if self.last_error is None else self.last_error  # in windows, whose store holds other samples by now
+
+    def _stage(
+        self, position: int, twin: nn.Module, features: list[Tensor], exact: Tensor, error: Tensor | None, target: Tensor
+    ) -> dict[str, float | None]:
+        stage, h = twin.stages[position], features[position + 1]
+        now, was = _flat(self.trainer.model.stages[position]), self.before[position]
+        self.before[position] = now
+        figures: dict[str, float | None] = {
+            "moved": float((now - was).norm() / now.norm().clamp_min(1e-30)) if len(now) else None
+        }
+        if self.train.task == "classification" and len(h) >= 4:
+            figures["separability"] = separability(h.flatten(1), target)
+        if position == len(twin.stages) - 1 or error is None or stage.feedback is None:
+            return figures
+        signal = stage.signal(error, h)  # e B in the output's shape
+        own = _own_gradient(stage, features[position], signal)
+        figures |= {"angle": angle(own, exact), "norm_ratio": float(own.norm() / exact.norm().clamp_min(1e-30))}
+        figures["rank"] = effective_rank(signal.flatten(1))
+        behind = list(twin.stages)[position + 1 :]
+        if all(isinstance(s, Linear) for s in behind) and isinstance(stage, Linear):
+            product = behind[-1].weight.detach()
+            for layer in reversed(behind[:-1]):
+                product = product @ layer.weight.detach()
+            matrix = stage.feedback if stage.generated is None else stage.generated.dense(product.device)
+            matrix = matrix.to(product.dtype)
+            if self.trainer.learner.projection is not None:
+                matrix = self.trainer.learner.projection.to(product.dtype) @ matrix  # [C, N]
+            figures["weights_angle"] = angle(-matrix.flatten(), product.flatten())
+        return figures
+
+    def _warn(self, found: Record, learner: object) -> None:
+        hidden_learn = not (isinstance(learner, F3Learner) and learner.signal.source == "none")
+        for position, figures in enumerate(found["stages"]):
+            last = position == len(found["stages"]) - 1
+            if (hidden_learn or last) and figures["moved"] == 0:
+                self.warnings.append(f"stage {position} received no update in the time before epoch {found['epoch']}")
+
+    def save(self, folder: Path) -> None:
+        """Write `diagnostics.json` and `diagnostics.png` into a folder."""
+        content = {"samples": len(self.index), "warnings": self.warnings, "records": self.records}
+        (folder / "diagnostics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draw(self.records, folder / "diagnostics.png")
+
+
+def angle(a: Tensor, b: Tensor) -> float | None:
+    """Degrees between two vectors; None where one of them is zero."""
+    a, b = a.double(), b.double()
+    norms = float(a.norm() * b.norm())
+    return None if norms == 0 else math.degrees(math.acos(max(-1.0, min(1.0, float(a @ b) / norms))))
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """The exponential of the entropy of the singular values, as shares of their sum; 0 for a matrix of zeros."""
+    singular = torch.linalg.svdvals(matrix.double())
+    if not float(singular.sum()):
+        return 0.0
+    share = singular / singular.sum()
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+def separability(features: Tensor, target: Tensor, ridge: float = 1e-2) -> float:
+    """Percent of the second half of the samples that a linear readout fitted on the first half gets right."""
+    features = features.double()
+    half = len(features) // 2
+    mean, scale = features[:half].mean(0), features[:half].std(0).clamp_min(1e-6)
+    x = torch.cat([(features - mean) / scale, torch.ones(len(features), 1, dtype=torch.float64, device=features.device)], 1)
+    known, y = x[:half], target[:half].double()
+    products = known @ known.T  # [half, half]: the dual form, for there may be more features than samples
+    weights = known.T @ torch.linalg.solve(products + ridge * products.diagonal().mean() * torch.eye(half).to(known), y)
+    return 100 * float(((x[half:] @ weights).argmax(1) == target[half:].argmax(1)).double().mean())
+
+
+def _flat(stage: nn.Module) -> Tensor:
+    return torch.cat([torch.empty(0), *(p.detach().float().flatten().cpu() for p in stage.parameters())])
+
+
+def _exact_gradients(twin: nn.Module, x: Tensor, target: Tensor, loss: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(the true gradient of every stage, flat; the input and every stage's output; the last one's)."""
+    features = [x]
+    with torch.enable_grad():
+        for stage in twin.stages:
+            features.append(stage(features[-1]))
+        output = features[-1].flatten(0, -2)  # [M, C]
+        mean_loss(output, target, loss).backward()
+    gradients = [
+        torch.cat([torch.empty(0, device=x.device), *(_gradient(p).flatten() for p in stage.parameters())])
+        for stage in twin.stages
+    ]
+    return gradients, [f.detach() for f in features], output.detach()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _own_gradient(stage: nn.Module, x: Tensor, signal: Tensor) -> Tensor:
+    """What the update rule gets from F3, flat: the gradient of `sum(h * e B)` with the input held fixed."""
+    parameters = [p for p in stage.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad((stage(x) * signal).sum(), parameters, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return torch.cat([g.flatten() for g in flat])
+
+
+def _staleness(stored: Tensor, present: Tensor) -> dict[str, float]:
+    cosine = float((stored.flatten() @ present.flatten()) / (stored.norm() * present.norm()).clamp_min(1e-30))
+    return {"error_cosine": cosine, "sign_flips": float((stored.sign() * present.sign() < 0).double().mean())}
+
+
+PANELS = {
+    "angle": "angle of the update to the true gradient, degrees",
+    "weights_angle": "angle of -B to the weights behind it, degrees",
+    "norm_ratio": "norm of the update over that of the gradient",
+    "rank": "effective rank of the error signal",
+    "separability": "right by a linear readout, percent",
+    "moved": "change of the parameters, relative",
+}
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """A panel for each figure, a line for each stage; nothing where there are no records or matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    if not records:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), constrained_layout=True)
+    FigureCanvasAgg(figure)
+    epochs = [record["epoch"] for record in records]
+    colours = matplotlib.colormaps["viridis"]
+    stages = len(records[0]["stages"])
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for position in range(stages):
+            line = [record["stages"][position].get(name) for record in records]
+            if any(value is not None for value in line):
+                values = [math.nan if value is None else value for value in line]
+                colour = colours(position / max(stages - 1, 1) * 0.9)
+                axes.plot(epochs, values, marker="." if len(epochs) < 30 else "", color=colour, label=f"stage {position}")
+        if "angle" in name:
+            axes.axhline(90, color="#c0392b", linestyle="--", linewidth=1)
+            axes.set_ylim(0, 180)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("epoch", fontsize=8)
+        if axes.get_legend_handles_labels()[0] and stages <= 12:
+            axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def summary_lines(diagnostics: Diagnostics) -> list[str]:
+    """The last figures in words, and the warnings."""
+    if not diagnostics.records:
+        return []
+    last = diagnostics.records[-1]
+    angles = [f"{s['angle']:.0f}" for s in last["stages"] if s.get("angle") is not None]
+    lines = [f"angle of the update to the true gradient, by stage, degrees: {', '.join(angles)}"] if angles else []
+    if "error_cosine" in last:
+        flips = f"{last['sign_flips']:.1%}"
+        lines.append(f"stored error against the present one: cosine {last['error_cosine']:.2f}, signs flipped {flips}")
+    return [*lines, *(f"warning: {text}" for text in itertools.islice(diagnostics.warnings, 5))]

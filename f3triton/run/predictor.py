@@ -1,0 +1,115 @@
+"""A trained network as a plain module: raw rows in, predictions out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..base.exceptions import InputError
+from ..base.seeds import check_seed
+from ..data import Preprocessing
+from ..data.preprocessing import TEXT
+from ..kernels.reference import LOSSES, prediction_of
+from .folder import build_network, load_weights, read_json
+
+
+class Predictor(nn.Module):
+    """What a run learned, for use: `forward` takes raw inputs and gives predictions.
+
+    Raw inputs are what the data set holds before any preparation: a tensor of images `[N, ...]` with values 0..255, a
+    tensor of a table's columns `[N, columns]` if all are numbers, or rows (a list of dicts, a dict of columns, a data
+    frame, a `datasets` data set). `forward` gives probabilities `[N, classes]`, or values `[N, targets]` in the targets'
+    own units; `predict` gives class names or numbers.
+
+    Of a language model, rows are texts of the same number of tokens; `forward` gives the probabilities of the next token after
+    each token `[N, tokens, C]`, `predict` the likeliest token after each text, and `generate` continues one.
+    """
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, loss: str) -> None:
+        super().__init__()
+        self.network, self.preprocessing, self.loss = network, preprocessing, loss
+
+    def forward(self, rows: object) -> Tensor:
+        like = next(self.network.parameters())
+        names = [column.name for column in self.preprocessing.columns]
+        if names and isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == len(names):
+            rows = {name: rows[:, i].tolist() for i, name in enumerate(names)}
+        x = self.preprocessing.normalise(self.preprocessing.encode(rows).to(like.device), like.dtype)  # [N, K]
+        output = prediction_of(self.network(x), self.loss)
+        return self.preprocessing.unstandardise(output) if self.loss == "mse" else output
+
+    @torch.no_grad()
+    def predict(self, rows: object) -> list:
+        """Class names, or numbers (lists of numbers where there are several targets), one a row."""
+        output = self(rows)
+        names = self.preprocessing.target_names
+        if self.preprocessing.kind == TEXT:
+            output = output[:, -1]  # [N, C]
+        if self.loss != "mse":
+            return [names[i] for i in output.argmax(-1).tolist()]
+        return output.squeeze(-1).tolist() if output.shape[-1] == 1 else output.tolist()
+
+    @torch.no_grad()
+    def generate(self, prompt: str | None = None, tokens: int = 300, temperature: float = 1.0, seed: int = 0) -> str:
+        """`prompt` and `tokens` more tokens, each drawn from the model's probabilities after the last `context` of them.
+
+        `temperature` divides the logits; 0 takes the likeliest token. Without a prompt the text begins after a line break that
+        is not shown (or after the vocabulary's first token, where there is none). The same seed gives the same text.
+
+        Raises InputError for a model of something else, a prompt that is empty or cannot be encoded, settings out of range.
+        """
+        ids = self.first_tokens(prompt, tokens, temperature)
+        check_seed(seed)
+        shown = 0 if prompt is not None else len(ids)
+        context, device = self.preprocessing.shape[0], next(self.network.parameters()).device
+        generator = torch.Generator().manual_seed(seed)
+        was_training = self.network.training
+        self.network.eval()
+        for _ in range(tokens):
+            logits = self.network(torch.tensor([ids[-context:]], device=device))[0, -1].double().cpu()  # [C]
+            if temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                ids.append(int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)))
+        self.network.train(was_training)
+        return self.preprocessing.tokenizer.decode(ids[shown:])
+
+    def first_tokens(self, prompt: str | None, tokens: int, temperature: float) -> list[int]:
+        """The token ids that `generate` begins with. Raises what it raises."""
+        if self.preprocessing.kind != TEXT:
+            raise InputError(f"this model was trained on a data set of kind {self.preprocessing.kind!r}; only text has samples")
+        if not isinstance(tokens, int) or tokens < 1:
+            raise InputError(f"tokens of a sample must be a whole number of at least 1, got {tokens!r}")
+        if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
+            raise InputError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+        tokenizer = self.preprocessing.tokenizer
+        if prompt is None:
+            try:
+                return tokenizer.encode("\n", "a line break").tolist() or [0]
+            except InputError:
+                return [0]
+        ids = tokenizer.encode(prompt, f"prompt {prompt!r}").tolist()
+        if not ids:
+            raise InputError(f"prompt {prompt!r} has no token; give at least one, or leave it out")
+        return ids
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
+    """The model that a run left in its folder, in eval mode. Raises InputError where the folder holds none.
+
+    Only JSON and safetensors are read, and every size is checked before it is used.
+    """
+    folder = Path(folder).expanduser()
+    config = read_json(folder, "config.json")
+    if config.get("loss") not in LOSSES or not isinstance(config.get("network"), dict):
+        raise InputError(f"{str(folder / 'config.json')!r} is not a run's configuration: it needs 'loss' and 'network'")
+    network = build_network(config["network"])
+    load_weights(network, folder / "model.safetensors")
+    for parameter in network.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    preprocessing = Preprocessing.from_json(config.get("preprocessing"))
+    return Predictor(network, preprocessing, config["loss"]).to(device).eval()
