@@ -23,7 +23,8 @@ import torch
 from .common import RESULTS
 
 HERE = Path(__file__).parent
-NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child", "error_store_peers"}
+NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
+NOT_ALONE |= {"error_store_peers", "tritons"}
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output
 FULL = {

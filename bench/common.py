@@ -1,20 +1,22 @@
 """The one form of every result: where it comes from, and rows.
 
-A result is a JSON file: `benchmark, command, date, processor, device, versions, settings`, and `rows`. A row is one measured
-figure: `part` (a panel of the picture, such as a data set or an operation), `method`, `x` (a number or a name) on the axis
-`x_name`, `metric` with its unit, `median, p20, p80` over `n` measurements, and whatever else the benchmark wants to keep.
-`bench.draw` draws any such file, `bench.report` cites it.
+A result is a JSON file: `benchmark, command, date, processor, processor_family, vector_capability, device, versions` (on a GPU
+with its driver), `settings`, and `rows`. A row is one measured figure: `part` (a panel of the picture, such as a data set or an
+operation), `method`, `x` (a number or a name) on the axis `x_name`, `metric` with its unit, `median, p20, p80` over `n`
+measurements, and whatever else the benchmark wants to keep. `bench.draw` draws any such file, `bench.report` cites it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +26,34 @@ from f3triton.run.summary import device_name, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def processor() -> str:
-    """The processor's name, as well as it can be had."""
+def processor() -> dict[str, str]:
+    """The processor's name and family, as well as they can be had, and the vector instructions that torch uses on it."""
+    found = {}
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    except OSError:  # not Linux
+        pass
+    return {
+        "processor": found.get("model name") or platform.processor() or platform.machine(),
+        "processor_family": f"{found['vendor_id']} family {found['cpu family']}" if "cpu family" in found else "",
+        "vector_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def driver(device: torch.device) -> dict[str, str]:
+    """The driver of a GPU, and the CUDA or ROCm of this torch; nothing for other devices."""
+    if device.type != "cuda":
+        return {}
+    if torch.version.hip:
+        return {"rocm": torch.version.hip}
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    except OSError:
+        found = []
+    return {"driver": found[0] if found else "unknown", "cuda": str(torch.version.cuda)}
 
 
 def origin(module: str, device: torch.device | None = None) -> dict:
@@ -42,13 +65,40 @@ def origin(module: str, device: torch.device | None = None) -> dict:
             next(words, None)
         else:
             arguments.append(word)
+    device = device or torch.device("cpu")
     return {
         "command": shlex.join(["python", "-m", module, *arguments]),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": processor(),
-        "device": device_name(device or torch.device("cpu")),
-        "versions": versions(),
+        **processor(),
+        "device": device_name(device),
+        "versions": versions() | driver(device),
     }
+
+
+def where(content: dict) -> str:
+    """The machine, torch and date of a result, as far as it names them: older ones have no family of the processor."""
+    details = [content[key] for key in ("processor_family", "vector_capability") if content.get(key)]
+    machine = content["processor"] + (f" ({', '.join(details)})" if details else "")
+    found = content["versions"]
+    device = content["device"] + (f" (driver {found['driver']})" if "driver" in found else "")
+    return f"{machine}, {device}, torch {found['torch']}, {content['date']}"
+
+
+def needs_gpu(module: str) -> None:
+    """End with 2, and one line, on a machine that has none."""
+    if not torch.cuda.is_available():
+        print(f"{module}: error: needs a CUDA or ROCm device, and this machine has none", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def noted(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Keep why something failed in `failed`, so that it does not end what is measured beside it."""
+    try:
+        yield
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{name} FAILED: {failed[name]}", flush=True)
 
 
 def row(
@@ -90,14 +140,11 @@ def write_result(path: Path, content: dict) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """Write a result, and its picture beside it where matplotlib is there."""
-    write_result(path, content)
-    try:
-        from .draw import draw
+    """Write a result, and its picture beside it."""
+    from .draw import draw  # which names a result's origin as this module does
 
-        draw(content, path.with_suffix(".png"))
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'f3triton[plots]')")
+    write_result(path, content)
+    draw(content, path.with_suffix(".png"))
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

@@ -1,8 +1,8 @@
 """Draw results: `python -m bench.draw bench/results/*.json` writes a PNG beside each of them.
 
 One panel for each `part` of a result and each metric in it. Where a method has several numbers on the x axis, lines with the
-20th to 80th percentile around them; else bars. A row may ask for a logarithmic axis with `"scale": "log"`. Needs matplotlib
-(`pip install f3triton[plots]`).
+20th to 80th percentile around them; else bars. An axis is logarithmic where its values are far apart (see
+`f3triton.run.curves`), and where a row asks for it with `"scale": "log"`.
 """
 
 from __future__ import annotations
@@ -12,64 +12,80 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-COLOURS = ("#1f6fb4", "#d9641e", "#3a923a", "#8a5cb0", "#c2185b", "#00838f", "#b08d2c", "#7a7a7a", "#111111", "#8fb8da")
+from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save, scale_values, short
+
+from .common import where
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DASHES = ("-", "--", "-.")  # by which methods beyond the sixth are told apart
 PANEL = (5.2, 3.6)  # inches
+BAR, FEWEST = 0.21, 5  # inches of a bar; bars that a panel has room for at least
+PEERS = ("bp", "backprop", "autograd", "dfa", "sdfa", "drtp", "fa", "last-layer", "torch", "numpy", "h5py", "zarr", "lmdb")
 MOST_PANELS = 16
+MOST_LABELLED = 8  # lines of a panel with their last values beside them
 
 
-def colour(method: str, methods: list[str]) -> str:
-    """F3 is blue wherever it appears."""
+def colour(method: str) -> str:
+    """Bars have their names beside them: ours are blue, and what they are compared with is grey."""
+    return COLOURS[-1] if method.lower().removeprefix("f3triton ").startswith(PEERS) else COLOURS[0]
+
+
+def style(method: str, methods: list[str]) -> dict[str, str]:
+    """Colour and dash of a line, the same in every panel; the first F3 is blue."""
     first = next((name for name in methods if name.lower().startswith(("f3", "f3triton f3"))), methods[0])
-    order = [first, *(name for name in methods if name != first)]
-    return COLOURS[order.index(method) % len(COLOURS)]
+    place = [first, *(name for name in methods if name != first)].index(method)
+    dash = ":" if method.startswith("bound") else DASHES[place // len(COLOURS) % len(DASHES)]
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dash}
 
 
-def draw_panel(axes: object, rows: list[dict], methods: list[str]) -> None:
+def is_lines(rows: list[dict]) -> bool:
+    """Whether a panel has numbers on its x axis, and more than one."""
+    return all(isinstance(row["x"], int | float) for row in rows) and len({row["x"] for row in rows}) > 1
+
+
+def draw_panel(axes: Axes, rows: list[dict], methods: list[str]) -> None:
     """One panel: rows of one part and one metric."""
-    numbers = all(isinstance(row["x"], int | float) for row in rows) and len({row["x"] for row in rows}) > 1
-    shown = [method for method in methods if any(row["method"] == method for row in rows)]
-    if numbers:
-        for method in shown:
+    lines, log = is_lines(rows), any(row.get("scale") == "log" for row in rows)
+    if lines:
+        ends = []
+        for method in dict.fromkeys(row["method"] for row in rows):
             line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["x"])
-            x = [row["x"] for row in line]
-            dashed = method.startswith("bound")
-            axes.plot(x, [row["median"] for row in line], "--" if dashed else "-", marker="" if dashed else "o", markersize=4,
-                      label=method, color=colour(method, methods))  # fmt: skip
-            axes.fill_between(x, [row["p20"] for row in line], [row["p80"] for row in line], color=colour(method, methods),
-                              alpha=0.15, linewidth=0)  # fmt: skip
-        values = [row["x"] for row in rows]
-        if min(values) > 0 and max(values) / min(values) > 50:
-            axes.set_xscale("log")
+            x, looks = [row["x"] for row in line], style(method, methods)
+            marker = "" if method.startswith("bound") else "o"
+            axes.plot(x, [row["median"] for row in line], marker=marker, ms=3, label=method, **looks)
+            axes.fill_between(x, [row["p20"] for row in line], [row["p80"] for row in line], color=looks["color"], alpha=0.15,
+                              linewidth=0)  # fmt: skip
+            ends.append((x[-1], line[-1]["median"], looks["color"]))
+        scale_values(axes, "x", [row["x"] for row in rows])
+        scale_values(axes, "y", [row[key] for row in rows for key in ("p20", "p80")], log)
         axes.set(xlabel=rows[0]["x_name"], ylabel=rows[0]["metric"])
-        axes.legend(frameon=False, fontsize=7)
+        if len(ends) > MOST_LABELLED:
+            axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            axes.legend(frameon=False, fontsize=7)
+            label_ends(axes, ends)
     else:
         one = len({row["x"] for row in rows}) == 1
         names = [row["method"] if one else f"{row['method']}, {row['x']}" for row in rows]
-        places = range(len(rows))
         error = [[row["median"] - row["p20"] for row in rows], [row["p80"] - row["median"] for row in rows]]
-        bars = axes.barh(places, [row["median"] for row in rows], xerr=error, error_kw={"linewidth": 0.8},
-                         color=[colour(row["method"], methods) for row in rows])  # fmt: skip
-        axes.bar_label(bars, [f" {row['median']:.3g}" for row in rows], fontsize=7)
-        axes.set_yticks(places, names, fontsize=7)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set(xlabel=rows[0]["metric"])
-    if any(row.get("scale") == "log" for row in rows):
-        (axes.set_yscale if numbers else axes.set_xscale)("log")
-    else:
-        (axes.set_ylim if numbers else axes.set_xlim)(min(0, min(row["p20"] for row in rows)))
+        bars = axes.barh(range(len(rows)), [row["median"] for row in rows], xerr=error, error_kw={"linewidth": 0.8},
+                         color=[colour(row["method"]) for row in rows])  # fmt: skip
+        axes.bar_label(bars, [f" {short(row['median'])}" for row in rows], fontsize=7)
+        axes.set_yticks(range(len(rows)), names, fontsize=7)
+        axes.set_ylim(max(len(rows), FEWEST) - 0.4, -0.6)  # the first on top
+        scale_values(axes, "x", [row["p80"] for row in rows] + [row["median"] for row in rows], log)
+        low, high = axes.get_xlim()
+        axes.set(xlabel=rows[0]["metric"], xlim=(low, high * (high / low) ** 0.2 if axes.get_xscale() == "log" else 1.2 * high))
     axes.set_title(rows[0]["part"], fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes, "y" if lines else "x")
 
 
 def draw(content: dict, path: Path) -> None:
-    """Draw a result `content` (see `common`) into a PNG at `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw a result `content` (see `common`) into a PNG at `path`. Raises ValueError where it has nothing to draw."""
     panels: dict[tuple[str, str], list[dict]] = {}
     for row in content["rows"]:
         if row.get("median") is not None and math.isfinite(row["median"]):
@@ -79,20 +95,16 @@ def draw(content: dict, path: Path) -> None:
     methods = list(dict.fromkeys(row["method"] for row in content["rows"]))
     found = list(panels.values())[:MOST_PANELS]
     columns = min(len(found), 3)
-    lines = math.ceil(len(found) / columns)
-    tallest = max(len(rows) if isinstance(rows[0]["x"], str) or len({r["x"] for r in rows}) == 1 else 0 for rows in found)
-    height = max(PANEL[1], 0.19 * tallest + 1.0)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(PANEL[0] * columns, height * lines), squeeze=False, constrained_layout=True
-    )
-    for axes, rows in zip(grid.flat, found, strict=False):
+    grid = [found[start : start + columns] for start in range(0, len(found), columns)]
+    heights = [max(PANEL[1], *(0 if is_lines(rows) else BAR * len(rows) + 1 for rows in line)) for line in grid]
+    figure = new_figure(PANEL[0] * columns, sum(heights), layout="constrained")
+    places = figure.subplots(len(grid), columns, squeeze=False, height_ratios=heights)
+    for axes, rows in zip(places.flat, found, strict=False):
         draw_panel(axes, rows, methods)
-    for axes in list(grid.flat)[len(found) :]:
+    for axes in list(places.flat)[len(found) :]:
         axes.axis("off")
-    where = f"{content['processor']}, {content['device']}, torch {content['versions']['torch']}, {content['date']}"
-    figure.suptitle(f"bench.{content['benchmark']}: {where}", fontsize=9, color="#555555")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+    figure.suptitle(f"bench.{content['benchmark']}: {where(content)}", fontsize=9, color="#555555")
+    save(figure, path)
 
 
 def main() -> None:
@@ -101,7 +113,7 @@ def main() -> None:
     for path in parser.parse_args().files:
         try:
             draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError) as error:
             print(f"bench.draw: error: cannot draw {str(path)!r}: {error}", file=sys.stderr)
             sys.exit(2)
 

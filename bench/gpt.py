@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 
-from f3triton import Predictor
+from f3triton import Predictor, Trainer
 from f3triton.base.exceptions import InputError
+from f3triton.run.options import make_settings, parse
+from f3triton.run.parts import load_data, make_network, network_of
 
 from .common import RESULTS, result, row, save, table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 
 # What is the same in all runs; chosen so that a run takes a few minutes on one core of a CPU.
 COMMON = [
@@ -69,11 +67,11 @@ PROMPT = "ROMEO:"
 
 def run(text: str, extra: list[str], common: list[str], data: list) -> dict:
     """One training run; its figures by epoch, and a sample. `data` keeps the text that was read."""
-    options = train.parse(["--text", text, *common, *extra, "--quiet"])
-    data[:] = data or [train.load_data(options)]
+    options = parse(["--text", text, *common, *extra])
+    data[:] = data or [load_data(options)]
     train_set, test_set = data[0]
-    trainer = train.make_trainer(options, train.network_of(options, train_set), options.method, options.signal)
-    found = train.fit(trainer, options, (train_set, test_set))
+    trainer = Trainer(make_network(options, network_of(options, train_set)), settings=make_settings(options))
+    found = trainer.fit(train_set, options.epochs, test_set)
     store = getattr(trainer.learner, "store", None)
     predictor = Predictor(trainer.model, train_set.preprocessing, "cross-entropy")
     return {

@@ -1,12 +1,17 @@
-"""Compile every tile shape of every Triton kernel ahead of time, with no GPU, and show what came out.
+"""Compile every Triton kernel that a launch can ask for, ahead of time, with no GPU, and show what came out.
 
     python -m bench.kernel_report                      sm_90
     python -m bench.kernel_report --arch all --output kernels.json
+    PYTHONPATH=FOLDER python -m bench.kernel_report    with another Triton: pip install --no-deps --target FOLDER triton==X
 
-For each kernel: registers a thread, bytes of local memory a thread (`stack`: spilled registers), shared memory, the tensor-core
-instruction in the PTX, and for a stated size the operation's bytes and FLOPs and the time that its roofline allows on an H200
-(4.8 TB/s; 989 TFLOP/s in half precision, 67 in float32) and an RTX 4090 (1.0 TB/s; 165 and 83): the vendors' figures.
-Resource usage is read from the cubin, so it is there for NVIDIA's architectures only; for AMD's the code is compiled.
+A case is a call of one of the backend's operations. It is made on tensors without memory, and what it would have launched is
+compiled: the tile that the tables choose, with the types, the constants and the divisibilities of that very launch.
+
+For each: registers a thread, bytes of local memory a thread (`stack`: spilled registers), shared memory, the number of
+instructions that access global memory, the tensor-core instruction in the PTX, and the operation's bytes and FLOPs with the
+time that its roofline allows on an H200 (4.8 TB/s; 989 TFLOP/s in half precision, 67 in float32) and an RTX 4090 (1.0 TB/s; 165
+and 83): the vendors' figures. Resource usage is read from the cubin, so it is there for NVIDIA's architectures only; for AMD's
+the code is compiled. Exits with 1 where a case does not compile.
 """
 
 from __future__ import annotations
@@ -15,18 +20,24 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
+import torch
 import triton
-from f3triton.kernels import SGD, Adam
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from f3triton.kernels import SGD, Adam, GeneratedFeedback, Update, new_state
 from f3triton.kernels.gpu import linear as triton_linear
 from f3triton.kernels.gpu import ops as triton_ops
 from f3triton.kernels.gpu import output as triton_output
 from f3triton.kernels.gpu import tiles
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 from .common import result, row, table, write_result
 
@@ -41,103 +52,196 @@ ARCHITECTURES = {
 }
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
 MACHINES = {"H200": (4.8e12, {"fp32": 67e12, "half": 989e12}), "RTX 4090": (1.008e12, {"fp32": 83e12, "half": 165e12})}
-TYPES = {"fp32": triton.language.float32, "fp16": triton.language.float16, "bf16": triton.language.bfloat16}
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
+}
+RULES = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with one tile, for inputs of one type, at one size (rows M, inputs K, outputs N, error width C)."""
+    """A call of an operation at a size (rows M, inputs K, outputs N, error width C), with products in one type."""
 
-    kernel: str
-    tile: tiles.Tile
-    dtype: str
+    operation: str
     size: tuple[int, int, int, int]
-    moments: int = 2  # of the rule: SGD, SGD with momentum, Adam
-    generated: int = 0  # the kind of entries of a feedback matrix that the kernel makes
+    dtype: str = "fp32"
+    rule: str = "adam"
+    feedback: str = "float32"  # or int8, or the kind of entries that the kernel makes
+    activation: str = "tanh"
+    weight: str = "fp32"  # bf16: weights in bfloat16, rounded stochastically
+    roomy: bool = False  # a device with much shared memory
+    output: tuple[str, str, str] = ("cross-entropy", "delayed-error", "auto")
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {'x'.join(map(str, self.tile.blocks))}" + " generated" * (self.generated > 0)
+        """What it is, in words."""
+        words = [self.operation, "x".join(map(str, self.size)), self.dtype]
+        if self.operation in ("update", "step", "elements"):
+            words += [self.rule, "stochastic" * (self.weight == "bf16")]
+        if self.operation in ("forward", "step"):
+            words += [self.activation, self.feedback]
+        if self.operation == "output":
+            words += self.output
+        return " ".join(filter(None, [*words, "roomy" * self.roomy]))
+
+
+def twin(case: Case) -> Case:
+    """The same with sizes of 512 for those of 500: what the compiler knows more of."""
+    return replace(case, size=tuple(512 if size == 500 else size for size in case.size))
 
 
 def cases() -> list[Case]:
-    """Every entry of the tables that the choosers can return, with a size at which it is chosen."""
-    found = [Case("forward", tiles.FORWARD["small"], dtype, (16, 784, 512, 16)) for dtype in ("fp32", "bf16")]
-    found += [Case("forward", tiles.FORWARD["medium"], dtype, (128, 1024, 1024, 16)) for dtype in ("fp32", "bf16")]
-    found += [Case("forward", tiles.FORWARD["large"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp16", "bf16")]
-    found += [Case("forward", tiles.FORWARD["roomy"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp16", "bf16")]
-    found += [Case("update", tiles.UPDATE["small"], dtype, (64, 784, 256, 16)) for dtype in ("fp32", "bf16")]
-    found += [Case("update", tiles.UPDATE["medium"], dtype, (4096, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
-    for moments, name in enumerate(("roomy", "roomy, one moment", "roomy, two moments")):
-        found += [Case("update", tiles.UPDATE[name], "bf16", (4096, 4096, 4096, 16), moments)]
-    for rows, tile in tiles.STEP.items():
-        found += [Case("step_small", tile, dtype, (rows, 4096, 4096, 16)) for dtype in ("fp32", "bf16")]
-    found += [Case("step_small", tiles.STEP[64], dtype, (64, 4096, 4096, 16), generated=1) for dtype in ("fp32", "bf16")]
-    found += [Case("forward", tiles.FORWARD["medium"], "fp32", (128, 1024, 1024, 16), generated=1)]
-    found += [Case("forward", tiles.FORWARD["large"], "bf16", (4096, 4096, 4096, 16), generated=1)]
-    found += [Case("output", tiles.Tile((64, 16), 4, 3), "fp32", (4096, 1, 1, 16))]
-    found += [Case("output", tiles.Tile((1, 1024), 4, 3), "fp32", (4096, 1, 1, 1024))]
-    found += [Case("update_elements", tiles.Tile((tiles.ELEMENTWISE,), 4, 3), "fp32", (1, 4096, 4096, 1))]
-    return found
+    """Every tile of the tables, at sizes of a network 784-500-10, and with 512 in place of 500; every variant of a kernel."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        found += [Case("forward", (16, 784, 500, 10), dtype), Case("keep", (50, 500, 10, 1), dtype)]
+        found += [Case("forward", (128, 500, 500, 10), dtype), Case("transposed", (128, 500, 500, 1), dtype)]
+        found += [Case("update", (50, 500, 10, 1), dtype), Case("gradient", (256, 500, 500, 1), dtype)]
+        found += [Case("update", (256, 500, 500, 1), dtype, rule) for rule in RULES]
+        found += [Case("step", (rows, 784, 500, 10), dtype) for rows in (16, 32, 50)]
+        found += [Case("step", (50, 500, 500, 10), dtype)]
+        found += [twin(case) for case in found if case.dtype == dtype]
+        found += [Case("step", (50, 784, 500, 10), dtype, rule) for rule in ("sgd", "momentum")]
+        found += [Case("step", (rows, 784, 500, 10), dtype, feedback="trinomial") for rows in (16, 32, 50)]
+        found += [Case("step", (50, 784, 500, 10), dtype, feedback=feedback) for feedback in ("uniform", "int8")]
+        found += [Case("step", (50, 784, 500, 10), dtype, activation=activation) for activation in ("relu", "gelu")]
+        found += [Case("forward", (128, 500, 500, 10), dtype, feedback=feedback) for feedback in ("trinomial", "int8")]
+        found += [Case("forward", (128, 500, 500, 10), dtype, activation=activation) for activation in ("gelu", "gelu-tanh")]
+    for roomy in (False, True):
+        large = [Case("forward", (4096, 500, 500, 10), "bf16", roomy=roomy)]
+        large += [Case("transposed", (4096, 500, 500, 1), "bf16", roomy=roomy), replace(large[0], dtype="fp16")]
+        found += large + [twin(case) for case in large]
+        found += [replace(large[0], feedback=feedback) for feedback in ("trinomial", "int8")]
+        found += [replace(large[0], activation=activation) for activation in tiles.CURVED]
+    large = [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in RULES]
+    found += large + [twin(case) for case in large] + [replace(case, weight="bf16") for case in large]
+    found += [Case("update", (256, 500, 500, 1), "bf16", weight="bf16")]
+    found += [Case("step", (rows, 784, 500, 10), "bf16", weight="bf16") for rows in (16, 32, 50)]
+    found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
+    found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
+    found += [Case("output", (64, 1, 1, classes)) for classes in (2, 10, 1000, 4096, 32768)]
+    outputs = [("bce", "delayed-error", "auto"), ("mse", "delayed-error", "auto"), ("bce", "current-error-sign", "softmax")]
+    outputs += [("cross-entropy", "delayed-loss", "softmax"), ("bce", "delayed-loss", "softmax")]
+    return found + [Case("output", (64, 1, 1, 10), output=output) for output in outputs]
 
 
-def constants(case: Case) -> dict[str, object]:
-    """Compile-time arguments as `triton_ops` passes them: tanh, bias, error, Adam, step in memory; unit inner strides."""
-    if case.kernel == "output":
-        choice = {"LOSS": 1, "LINK": 0, "SOURCE": 0, "SCATTER": True}
-        return choice | {"ROWS": case.tile.blocks[0], "COLUMNS": case.tile.blocks[1]}
-    product = {"DTYPE": TYPES[case.dtype], "PRECISION": "ieee", "HAS_BIAS": True}
-    if case.kernel != "forward":
-        product |= {"SHADOW": case.dtype != "fp32", "STOCHASTIC": False}
-    rules = SGD(), SGD(momentum=0.9), Adam()
-    rule = triton_ops._constants(triton_ops._rule_arguments(rules[case.moments], 0.0, 1)) | {"STEP_IN_MEMORY": True}
-    blocks = case.tile.blocks
-    if case.kernel == "update_elements":
-        return rule | {"STOCHASTIC": False, "BLOCK": case.tile.blocks[0]}
-    if case.kernel == "forward":
-        sizes = dict(zip(("ROWS", "OUTPUTS", "INPUTS"), blocks, strict=True))
-        sizes |= {"WIDTH": 16, "ACTIVATION": 1, "HAS_ERROR": True, "GENERATED": case.generated}
-        return product | sizes | {"x_k": 1, "weight_k": 1, "error_c": 1, "feedback_n": 1}
-    if case.kernel == "update":
-        sizes = dict(zip(("OUTPUTS", "INPUTS", "ROWS"), blocks, strict=True)) | {"KEEP_GRADIENT": False}
-        return product | rule | sizes | {"delta_n": 1, "x_k": 1}
-    sizes = {"OUTPUTS": blocks[0], "INPUTS": blocks[1], "ROWS": case.size[0], "WIDTH": 16, "ACTIVATION": 1}
-    sizes["GENERATED"] = case.generated
-    return product | rule | sizes | {"x_k": 1, "error_c": 1, "feedback_n": 1}
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments of a launch, and with its options."""
+
+    kernel: triton.JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]
+
+    @property
+    def tile(self) -> str:
+        """Block sizes in the kernel's own order, warps, and pipeline stages."""
+        names = ("ROWS", "OUTPUTS", "INPUTS", "COLUMNS", "BLOCK")
+        blocks = [value for name, value in self.arguments.items() if name in names]
+        return f"{'x'.join(map(str, blocks))} {self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s"
 
 
-def compile_case(case: Case, target: GPUTarget, ones: bool = False) -> CompiledKernel:
-    """The kernel as a real launch would have it: 16-byte aligned pointers, sizes and strides divisible by 16.
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches are written down instead of made."""
+    made: list[Launch] = []
 
-    With `ones` every size and stride is 1, which a launch turns into a compile-time constant.
-    """
-    function = getattr(triton_output if case.kernel == "output" else triton_linear, case.kernel)
-    constexprs = constants(case)
-    sizes = {"rows", "outputs", "inputs", "width", "samples", "classes", "count_elements"}
-    numbers = {"scale", "lr", "log_beta1", "log_beta2"}
-    of_input_type = {"x", "h", "delta", "shadow"} | ({"weight"} if case.kernel == "forward" else set())  # its shadow
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constexprs:
-            signature[name] = "constexpr"
-        elif name in numbers:
-            signature[name] = "fp32"
-        elif name in {"seed", "bias_seed", "feedback_seed"}:
-            signature[name] = "i32"
-        elif name in {"correct", "index"}:
-            signature[name] = {"correct": "*i32", "index": "*i64"}[name]
+    class Recorder:
+        def __init__(self, kernel: triton.JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *positional: object, **named: object) -> None:
+            names = self.kernel.arg_names
+            options = {name: value for name, value in named.items() if name not in names}
+            arguments = dict(zip(names, positional, strict=False)) | named
+            made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options))
+
+    kernels = [(triton_linear, name) for name in ("forward", "update", "step_small", "update_elements")]
+    kernels += [(triton_output, "output")]
+    before: list[tuple[ModuleType, str, triton.JITFunction]] = [(room, name, getattr(room, name)) for room, name in kernels]
+    for room, name, kernel in before:
+        setattr(room, name, Recorder(kernel))
+    try:
+        yield made
+    finally:
+        for room, name, kernel in before:
+            setattr(room, name, kernel)
+
+
+def launch_of(case: Case) -> Launch:
+    """What the operation launches."""
+    m, k, n, c = case.size
+    dtype, weight_dtype = TYPES[case.dtype], TYPES[case.weight]
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, delta, weight, bias = tensor(m, k, dtype=dtype), tensor(m, n, dtype=dtype), tensor(n, k), tensor(n)
+    weight, bias = weight.to(weight_dtype), bias.to(weight_dtype)
+    error, rule = tensor(m, c), RULES[case.rule]
+    if case.feedback in ("float32", "int8"):
+        feedback = tensor(c, n, dtype=getattr(torch, case.feedback))
+    else:
+        feedback = GeneratedFeedback(case.feedback, c, n, seed=1)
+    states = new_state(weight, rule, 0, dtype if dtype != torch.float32 else None), new_state(bias, rule, 1)
+    shadow = weight if states[0].shadow is None else states[0].shadow
+    update = Update(rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" else None)
+    chosen = triton_ops._roomy
+    triton_ops._roomy = lambda device: case.roomy
+    try:
+        with recording() as made:
+            if case.operation == "forward":
+                triton_ops.linear_forward(x, shadow, bias, case.activation, error, feedback)
+            elif case.operation == "keep":
+                triton_ops.linear_keep(x, shadow, bias, "identity")
+            elif case.operation == "transposed":
+                triton_ops.linear_forward(delta, shadow.t())
+            elif case.operation == "update":
+                triton_ops.outer_product_update_(weight, bias, delta, x, *states, update)
+            elif case.operation == "gradient":
+                triton_ops.outer_product(delta, x)
+            elif case.operation == "step":
+                triton_ops.linear_step_(x, weight, bias, error, feedback, *states, update, case.activation)
+            elif case.operation == "elements":
+                triton_ops.update_(weight, tensor(n, k), states[0], update)
+            else:
+                loss, source, link = case.output
+                triton_ops.output_step(error, error, loss, source, link)
+    finally:
+        triton_ops._roomy = chosen
+    (launch,) = made
+    return launch
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The kernel that the launch would have had compiled, its pointers aligned to 16 bytes as torch's are."""
+    signature, attributes, constants = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        pointer = isinstance(value, torch.Tensor)
+        signature[name] = POINTERS[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
+        if specialised and (pointer or (type(value) is int and value % 16 == 0)):
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif (name in sizes or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name)) and ones:
-            signature[name], constexprs[name] = "constexpr", 1
-        elif name in sizes or re.fullmatch(r"(x|weight|delta|error|feedback)_[mnkc]", name):
-            signature[name] = "i32"
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = f"*{case.dtype if name in of_input_type else 'fp32'}"
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def resources(compiled: CompiledKernel) -> dict[str, int]:
@@ -156,53 +260,65 @@ def tensor_core(ptx: str) -> str:
     return next((word for word in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if word in ptx), "none (fma)")
 
 
+def accesses(ptx: str) -> int:
+    """Instructions that read or write global memory: the wider each is, the fewer there are."""
+    return len(re.findall(r"\b(?:ld|st)\.global|\bcp\.async\.c[ag]\.shared", ptx))
+
+
 def cost(case: Case) -> tuple[int, int]:
-    """Bytes that must move and FLOPs that must be done, with Adam in float32 and every operand read and written once."""
+    """Bytes that must move and FLOPs that must be done, every operand read and written once; state in float32."""
     m, k, n, c = case.size
-    if case.kernel == "output":
-        return 4 * (4 * m * c + 2 * m) + 8 * m, 10 * m * c
-    if case.kernel == "update_elements":
-        return 28 * n * k, 15 * n * k
-    item = 4 if case.dtype == "fp32" else 2
-    weight, error = n * k, m * c + c * n
-    if case.kernel == "forward":
+    if case.operation == "output":
+        return 4 * (4 * m * c + 2 * m), 10 * m * c
+    item, weight, error = 4 if case.dtype == "fp32" else 2, n * k, m * c + c * n
+    state = (8 + 8 * RULES[case.rule].moments) * weight
+    if case.operation == "elements":
+        return state + 4 * weight, 15 * weight
+    if case.operation in ("forward", "keep", "transposed"):
         return item * (m * k + 2 * m * n) + 4 * (weight + error), 2 * m * n * (k + c)
-    if case.kernel == "update":
-        return item * (m * k + m * n) + (8 + 8 * case.moments) * weight, 2 * m * n * k
-    return item * (m * k + m * n) + 24 * weight + 4 * error, 2 * m * n * (2 * k + c)
+    if case.operation in ("update", "gradient"):
+        return item * (m * k + m * n) + state, 2 * m * n * k
+    return item * (m * k + m * n) + state + 4 * error, 2 * m * n * (2 * k + c)
 
 
 def fits(case: Case, architecture: str) -> bool:
-    """Whether the tile is ever chosen there: the roomy ones only where there is room."""
-    roomy = [tile for table in (tiles.FORWARD, tiles.UPDATE) for name, tile in table.items() if name.startswith("roomy")]
-    return case.tile not in roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY
+    """Whether there is an architecture of that much shared memory: the roomy tiles are chosen only where there is room."""
+    return not case.roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY
 
 
 def report(case: Case, architecture: str) -> dict[str, object]:
-    compiled = compile_case(case, ARCHITECTURES[architecture])
-    moved, flops = cost(case)
-    kind = "fp32" if case.dtype == "fp32" else "half"
+    """All figures of a case; `failed`, with the first line of why, where it does not compile."""
+    launch = launch_of(case)
+    source, (moved, flops) = source_of(launch), cost(case)
     found = {
-        "kernel": case.name,
+        "case": case.name,
+        "kernel": launch.kernel.__name__,
+        "tile": launch.tile,
         "dtype": case.dtype,
         "arch": architecture,
+        "triton": triton.__version__,
         "size": list(case.size),
-        "shared_bytes": compiled.metadata.shared,
         "bytes": moved,
         "flops": flops,
     }
+    try:
+        compiled = triton.compile(source, target=ARCHITECTURES[architecture], options=launch.options)
+    except RuntimeError as error:
+        return found | {"failed": str(error).splitlines()[0]}
+    found["shared_bytes"] = compiled.metadata.shared
     for machine, (bandwidth, rates) in MACHINES.items():
-        found[f"roofline_us_{machine}"] = round(1e6 * max(moved / bandwidth, flops / rates[kind]), 1)
+        limit = max(moved / bandwidth, flops / rates["fp32" if case.dtype == "fp32" else "half"])
+        found[f"roofline_us_{machine}"] = round(1e6 * limit, 1)
     if "cubin" in compiled.asm:
-        found |= resources(compiled)
-        found["tensor_core"] = tensor_core(compiled.asm["ptx"])
+        ptx = compiled.asm["ptx"]
+        found |= resources(compiled) | {"accesses": accesses(ptx), "tensor_core": tensor_core(ptx)}
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=[*ARCHITECTURES, "all"])
-    parser.add_argument("--quick", action="store_true", help="the first four kernels only")
+    parser.add_argument("--quick", action="store_true", help="the first four cases only")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there too")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -210,15 +326,18 @@ def main() -> None:
     chosen = list(ARCHITECTURES) if "all" in options.arch else options.arch
     wanted = cases()[:4] if options.quick else cases()
     rows = [report(case, architecture) for architecture in chosen for case in wanted if fits(case, architecture)]
-    columns = ["kernel", "dtype", "arch", "size", "reg", "stack", "shared_bytes", "tensor_core"]
+    columns = ["case", "tile", "arch", "reg", "stack", "shared_bytes", "accesses", "tensor_core"]
     columns += [f"roofline_us_{machine}" for machine in MACHINES]
-    print(table(columns, [[row.get(column, "") for column in columns] for row in rows]))
+    print(table(columns, [[found.get(column, "") for column in columns] for found in rows]))
     if options.output:
         figures = []
         for found in rows:
-            place = {"x": f"{found['kernel']} {found['dtype']}", "part": found["arch"]}
+            place = {"x": found["case"], "part": found["arch"]}
             figures.append(row("registers a thread", metric="registers", values=found.get("reg", 0), **place, **found))
         write_result(options.output, result("kernel_report", figures))
+    failed = [f"{found['case']} for {found['arch']}: {found['failed']}" for found in rows if "failed" in found]
+    if failed:
+        sys.exit("\n".join(["does not compile:", *failed]))
 
 
 if __name__ == "__main__":

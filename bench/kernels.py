@@ -15,6 +15,7 @@ Needs a CUDA or ROCm device; a kernel that misses its reference by more than rou
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -23,12 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from f3triton.kernels import SGD, Adam, eager, new_moments
-from f3triton.kernels.gpu import ops as triton_ops
 from torch import Tensor
 from torch.nn import functional
 
-from .common import RESULTS, result, row, save, table
+from f3triton.kernels import SGD, Adam, Update, eager, new_state
+from f3triton.kernels.gpu import ops as triton_ops
+
+from .common import RESULTS, needs_gpu, noted, result, row, save, table
 
 Call = Callable[[], object]
 WIDTH = 16  # columns of the error
@@ -41,20 +43,17 @@ class Operands:
     def __init__(self, m: int, k: int, n: int, rule: SGD | Adam, dtype: torch.dtype, device: torch.device) -> None:
         self.x = torch.randn(m, k, device=device, dtype=dtype)
         self.weight = torch.randn(n, k, device=device) / k**0.5
-        self.shadow = self.weight.to(dtype)  # the weight itself in float32
         self.bias = torch.randn(n, device=device)
         self.half_bias = self.bias.to(dtype)
         self.error = torch.randn(m, WIDTH, device=device)
         self.feedback = torch.randint(-1, 2, (WIDTH, n), device=device).float()
         self.delta = torch.randn(m, n, device=device, dtype=dtype)
-        self.rule, self.step = rule, torch.ones((), device=device)
-        self.moments = new_moments(self.weight, rule), new_moments(self.bias, rule)
+        self.weight_state, self.bias_state = new_state(self.weight, rule, shadow=dtype), new_state(self.bias, rule, 1)
+        self.shadow = self.weight if self.weight_state.shadow is None else self.weight_state.shadow
+        self.update = Update(rule, 1e-6, torch.ones((), dtype=torch.int64, device=device))
 
     def state(self) -> tuple:
-        return self.rule, *self.moments, 1e-6, self.step
-
-    def half(self) -> dict[str, Tensor]:
-        return {} if self.shadow is self.weight else {"shadow": self.shadow}
+        return self.weight_state, self.bias_state, self.update
 
 
 def forward_torch(o: Operands) -> tuple[Tensor, Tensor]:
@@ -65,21 +64,14 @@ def forward_torch(o: Operands) -> tuple[Tensor, Tensor]:
 
 def update_torch(o: Operands) -> None:
     """The gradient by cuBLAS, then torch's fused optimizer, then the copy for the next product."""
-    gradient = (o.delta.t() @ o.x).float()
-    bias_gradient = o.delta.sum(0, dtype=torch.float32)
-    eager.update_(o.weight, gradient, o.moments[0], o.rule, 1e-6, o.step)
-    eager.update_(o.bias, bias_gradient, o.moments[1], o.rule, 1e-6, o.step)
-    if o.half():
-        o.shadow.copy_(o.weight)
+    eager.update_(o.weight, (o.delta.t() @ o.x).float(), o.weight_state, o.update)
+    eager.update_(o.bias, o.delta.sum(0, dtype=torch.float32), o.bias_state, o.update)
 
 
 def step_torch(o: Operands) -> Tensor:
     h, delta = forward_torch(o)
-    gradient = (delta.t() @ o.x).float()
-    eager.update_(o.weight, gradient, o.moments[0], o.rule, 1e-6, o.step)
-    eager.update_(o.bias, delta.sum(0, dtype=torch.float32), o.moments[1], o.rule, 1e-6, o.step)
-    if o.half():
-        o.shadow.copy_(o.weight)
+    eager.update_(o.weight, (delta.t() @ o.x).float(), o.weight_state, o.update)
+    eager.update_(o.bias, delta.sum(0, dtype=torch.float32), o.bias_state, o.update)
     return h
 
 
@@ -100,22 +92,16 @@ OPERATIONS: dict[str, dict[str, Callable[[Operands], object]]] = {
         "linear and tanh alone": lambda o: torch.tanh(functional.linear(o.x, o.shadow, o.half_bias)),
     },
     "update": {
-        "f3triton": lambda o: triton_ops.outer_product_update_(
-            o.weight, o.bias, o.delta, o.x, *o.state(), **o.half()
-        ),
+        "f3triton": lambda o: triton_ops.outer_product_update_(o.weight, o.bias, o.delta, o.x, *o.state()),
         "torch": update_torch,
         "GEMM alone": lambda o: o.delta.t() @ o.x,
     },
     "step": {
-        "f3triton": lambda o: triton_ops.linear_step_(
-            o.x, o.weight, o.bias, o.error, o.feedback, *o.state(), "tanh", **o.half()
-        ),
+        "f3triton": lambda o: triton_ops.linear_step_(o.x, o.weight, o.bias, o.error, o.feedback, *o.state(), "tanh"),
         "torch": step_torch,
     },
     "backward and update": {
-        "f3triton": lambda o: triton_ops.linear_backward_update_(
-            o.weight, o.bias, o.delta, o.x, *o.state(), **o.half()
-        ),
+        "f3triton": lambda o: triton_ops.linear_backward_update_(o.weight, o.bias, o.delta, o.x, *o.state()),
         "torch": backward_torch,
         "two GEMMs alone": lambda o: (o.delta @ o.shadow, o.delta.t() @ o.x),
     },
@@ -143,7 +129,7 @@ def check(operation: str, dtype: torch.dtype, device: torch.device, rule: SGD | 
     torch.manual_seed(0)
     theirs = Operands(*size, rule, dtype, device)
     results = [run(o) for run, o in ((OPERATIONS[operation]["f3triton"], ours), (OPERATIONS[operation]["torch"], theirs))]
-    pairs = [(ours.weight, theirs.weight), *zip(ours.moments[0], theirs.moments[0], strict=True)]
+    pairs = [(ours.weight, theirs.weight), *zip(ours.weight_state.moments, theirs.weight_state.moments, strict=True)]
     if results[0] is not None:
         one, other = (result if isinstance(result, tuple) else (result,) for result in results)
         pairs += list(zip(one, other, strict=True))
@@ -187,17 +173,18 @@ def measure(
     runs = dict(OPERATIONS[operation])
     if device.type == "cuda":
         runs["torch.compile"] = compiled(runs["torch"])
-    calls = {}
+    calls, failed = {}, {}
     for name, run in runs.items():
-        run(sets[0])  # compiles
-        calls[name] = lambda run=run: [run(operands) for operands in sets]
+        with noted(failed, f"{operation}, {name}"):
+            run(sets[0])  # compiles
+            calls[name] = lambda run=run: [run(operands) for operands in sets]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             seconds[name].append(timed(call, device, 3) / SETS)
     flops, moved = cost(operation, *size, rule.moments, torch.empty((), dtype=dtype).element_size())
     setting = {"operation": operation, "rule": type(rule).__name__, "rows": size[0], "inputs": size[1], "outputs": size[2]}
-    return setting | {"flops": flops, "bytes": moved, "seconds": seconds}
+    return setting | {"flops": flops, "bytes": moved, "seconds": seconds, "failed": failed}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -208,9 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "kernels-gpu.json")
     options = parser.parse_args(arguments)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not interpreted:
-        print("bench.kernels: error: needs a CUDA or ROCm device, and this machine has none", file=sys.stderr)
-        sys.exit(2)
+    if not interpreted:
+        needs_gpu("bench.kernels")
     device, dtype = torch.device("cpu" if interpreted else "cuda"), getattr(torch, options.dtype)
     large = [(4096, 4096, 4096), (8192, 8192, 8192), (4096, 8192, 8192), (256, 4096, 4096)]
     small = [(50, 784, 500), (16, 4096, 4096), (64, 4096, 4096)]
@@ -235,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
             lines.append([found["operation"], found["rule"], "", "", f"WRONG: {found['wrong']}", "", "", "", ""])
             continue
         bound = max(found["flops"] / ceiling["flops"], found["bytes"] / ceiling["bytes"])
-        ours = statistics.median(found["seconds"]["f3triton"])
+        ours = statistics.median(found["seconds"].get("f3triton", [math.nan]))
         size = f"{found['rows']} x {found['inputs']} -> {found['outputs']}"
         for name, seconds in found["seconds"].items():
             middle = statistics.median(seconds)
@@ -244,14 +230,17 @@ def main(arguments: list[str] | None = None) -> None:
             shown = [f"{rates['tflops']:.1f}", f"{rates['gigabytes_per_second']:.0f}", f"{share:.2f}", f"{ratio:.2f}"]
             lines.append([found["operation"], found["rule"], size, name, f"{1e6 * middle:.1f}", *shown])
             part = f"{found['operation']}, {found['rule']}"
-            more = {**rates, "share_of_bound": share, "f3triton_is_faster": ratio}
+            more = {**rates, "share_of_bound": share} | ({} if math.isnan(ours) else {"f3triton_is_faster": ratio})
             figures.append(row(name, size, "us", [1e6 * s for s in seconds], part=part, scale="log", **more))
     header = ["operation", "rule", "size", "by", "us", "TFLOP/s", "GB/s", "share of bound", "f3triton is x times as fast"]
     print(f"ceilings measured here: {ceiling['flops'] / 1e12:.0f} TFLOP/s, {ceiling['bytes'] / 1e9:.0f} GB/s")
     print(table(header, lines))
     setting = {"dtype": options.dtype, "rounds": options.rounds, "ceilings": ceiling}
     wrong = [found for found in rows if "wrong" in found]
-    save(options.output, result("kernels", figures, setting, device, wrong=wrong))
+    failed = {f"{name}, {found['rule']}": reason for found in rows for name, reason in found.get("failed", {}).items()}
+    save(options.output, result("kernels", figures, setting, device, wrong=wrong, failed=failed))
+    if wrong or failed:
+        sys.exit(f"failed: {', '.join([*(found['operation'] for found in wrong), *failed])}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.run.network_budget import SavedTensors
+from f3triton.base.data import Visit
 
 METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
 CLASSES = 10
@@ -52,6 +52,46 @@ def build(kind: str, depth: int, width: int, sequence: int) -> tuple[f3.Sequenti
         embedding="patch", positions=True, pool="mean", feedback_shape="shared",
     )  # fmt: skip
     return model, (1, 4 * side, 4 * side)
+
+
+class SavedTensors:
+    """Bytes that autograd keeps for the way back: the most at one time, every storage counted once, parameters not.
+
+    Its `pack` and `unpack` go to `torch.autograd.graph.saved_tensors_hooks`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {_storage(p) for p in model.parameters()}
+        self.holders: dict[int, int] = {}  # by storage
+        self.live = self.most = 0
+
+    def pack(self, tensor: Tensor) -> object:
+        return tensor if _storage(tensor) in self.parameters else _Held(tensor, self)
+
+    @staticmethod
+    def unpack(kept: object) -> Tensor:
+        return kept.tensor if isinstance(kept, _Held) else kept
+
+    def change(self, tensor: Tensor, by: int) -> None:
+        key = _storage(tensor)
+        holders = self.holders.get(key, 0)
+        if holders + by == (1 if by > 0 else 0):  # the first holder came, or the last one left
+            self.live += by * tensor.untyped_storage().nbytes()
+            self.most = max(self.most, self.live)
+        self.holders[key] = holders + by
+
+
+class _Held:
+    def __init__(self, tensor: Tensor, count: SavedTensors) -> None:
+        self.tensor, self.count = tensor, count
+        count.change(tensor, 1)
+
+    def __del__(self) -> None:
+        self.count.change(self.tensor, -1)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 class Backprop:
@@ -106,7 +146,7 @@ def measure(kind: str, method: str, depth: int, width: int, batch: int, sequence
         trainer.fit(data, 1, batches=lambda epoch: [torch.arange(2, device=device)])
         everything = torch.arange(batch, device=device)
         feedback = sum(s.feedback_matrix.nbytes for s in model.modules() if getattr(s, "feedback_matrix", None) is not None)
-        step = lambda: trainer.learner.step(everything, LR)  # noqa: E731
+        step = lambda: trainer.learner.visit(Visit(everything, everything), LR)  # noqa: E731
     else:
         model.train()
         backprop, feedback = Backprop(model, method), 0

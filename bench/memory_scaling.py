@@ -10,7 +10,7 @@ and gradients. `kept for the way back` counts what autograd holds. What lasts is
 Against backpropagation with activation checkpointing the gap is smaller, for a third more arithmetic; with the optimizer in
 backward as well, it is smaller still. DFA waits for the output and keeps all activations, as backpropagation does.
 
-The largest depth that fits a budget is found by bisection over measured totals and by formula (`largest_by_formula`).
+The largest depth that fits a budget is found by bisection over measured totals and by formula (`total_by_formula`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
+import f3triton as f3
 from f3triton.error_store import make_codec
+from f3triton.learn.signal import resolve_signal
+from f3triton.run.budget import estimate
 
-from .common import RESULTS, result, row, save, table, write_result
-from .memory_child import CLASSES, METHODS, measure
+from .common import RESULTS, needs_gpu, noted, result, row, save, table, write_result
+from .memory_child import CLASSES, METHODS, build, measure
 
 MIB = 2**20
 COMPILED_DEPTH = 24  # compiling more layers takes minutes; nor is it done for every sequence length
@@ -80,7 +84,7 @@ def in_child(method: str, setting: Setting, device: str) -> dict[str, int]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{method} at {setting} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -89,6 +93,7 @@ class Measured:
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
+        self.failed: dict[str, str] = {}
         self.found: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def __call__(self, method: str, setting: Setting) -> dict[str, int]:
@@ -110,7 +115,12 @@ def scaling(axes: dict, methods: tuple[str, ...], measured: Measured) -> list[di
                 if method == "bp-compiled" and (setting.depth > COMPILED_DEPTH or axis == "sequence length"):
                     line.append("")
                     continue
-                found = measured(method, setting)
+                found = None
+                with noted(measured.failed, f"{kind}, {method}, {axis} {x}"):
+                    found = measured(method, setting)
+                if found is None:
+                    line.append("failed")
+                    continue
                 parts = {name: found[name] for name in ("parameters", "feedback", "lasting", "saved", "total")}
                 panel = {"x_name": axis, "part": f"{kind}, against {axis}"}
                 rows.append(row(method, x, "activations and gradients, MiB", found["step"] / MIB, **panel, **parts))
@@ -135,23 +145,32 @@ def largest(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
     return low
 
 
-def total_by_formula(method: str, s: Setting) -> int:
-    """Bytes of an MLP's training: float32, Adam; `layer` of parameters and `output` of activations a layer.
+@cache
+def memory_of(method: str, s: Setting) -> dict[str, int]:
+    """Bytes by purpose, by the budget of `--dry-run`, for F3, DFA and plain backpropagation under Adam."""
+    with torch.device("meta"):
+        network, shape = build(s.kind, s.depth, s.width, s.sequence)
+        x = torch.empty(s.batch, *shape)
+    signal = resolve_signal(method, None)
+    rows = 4 * CLASSES * s.batch if signal is not None and signal.delayed else 0
+    return estimate(network, x, f3.Adam(), signal, error_bytes=rows).memory
 
-    Every method: 3 layer a layer for weights and moments. F3: 4 C N a layer for feedback, and one layer's input, output and
-    error signal. Backpropagation: an output a layer (with checkpoints: one a segment, and one segment's), the gradient on its
-    way, and the gradient of every weight (in backward: of one).
+
+def total_by_formula(method: str, s: Setting) -> int:
+    """Bytes of an MLP's training: every hidden layer but the first adds the same.
+
+    Of backpropagation, the optimizer in backward keeps the gradient of one weight, and checkpoints keep the inputs of the
+    segments, the outputs of one segment, and a gradient.
     """
-    layer, output = 4 * (s.width * s.width + s.width), 4 * s.batch * s.width
-    lasting = 3 * layer * s.depth
-    if method == "f3":
-        return lasting + 4 * CLASSES * s.width * s.depth + 4 * CLASSES * s.batch + 3 * output + layer
-    gradients = layer if "in-backward" in method else layer * s.depth
-    kept = s.depth + 1
-    if "checkpoint" in method:
-        segment = max(1, math.isqrt(s.depth + 1))
-        kept = math.ceil((s.depth + 1) / segment) + segment
-    return lasting + gradients + output * (kept + 2)
+    method, *savings = method.split("-", 1)
+    one, two = (memory_of(method, replace(s, depth=depth)) for depth in (1, 2))
+    memory = {name: count + (s.depth - 1) * (two[name] - count) for name, count in one.items()}
+    if "in-backward" in "".join(savings):
+        memory["gradients"] = 4 * s.width * s.width
+    if "checkpoint" in "".join(savings):
+        segment = math.isqrt(s.depth + 1)
+        memory["activations"] = 4 * s.batch * s.width * (math.ceil((s.depth + 1) / segment) + segment + 1)
+    return sum(memory.values())
 
 
 def largest_models(budget: int, start: Setting, methods: tuple[str, ...], measured: Measured) -> list[dict]:
@@ -159,7 +178,11 @@ def largest_models(budget: int, start: Setting, methods: tuple[str, ...], measur
     rows, lines = [], []
     for method in methods:
         formula = largest(lambda depth, m=method: total_by_formula(m, replace(start, depth=depth)) <= budget)
-        found = largest(lambda depth, m=method: measured(m, replace(start, depth=depth))["total"] <= budget)
+        found = None
+        with noted(measured.failed, f"largest, {method}"):
+            found = largest(lambda depth, m=method: measured(m, replace(start, depth=depth))["total"] <= budget)
+        if found is None:
+            continue
         part = f"largest MLP of width {start.width} in {budget // MIB} MiB, batch {start.batch}"
         rows += [row(method, how, "hidden layers", n, part=part) for how, n in (("measured", found), ("formula", formula))]
         lines.append([method, found, formula])
@@ -200,6 +223,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda":
+        needs_gpu("bench.memory_scaling")
     if options.child:
         method, *setting = json.loads(options.child)
         s = Setting(*setting)
@@ -214,8 +239,10 @@ def main() -> None:
         candidates = tuple(m for m in methods if m not in ("dfa", "bp-compiled"))  # as bp, or too slow to compile
         rows += largest_models(options.budget * MIB, MLP, candidates, measured)
     rows += error_stores()
-    save(output, result("memory_scaling", rows, {"threads": 1}, device))
-    measured.path.unlink()
+    save(output, result("memory_scaling", rows, {"threads": 1}, device, failed=measured.failed))
+    measured.path.unlink(missing_ok=True)
+    if measured.failed:
+        sys.exit(f"failed: {', '.join(measured.failed)}")
 
 
 if __name__ == "__main__":

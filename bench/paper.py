@@ -14,33 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 
+from f3triton import Trainer
 from f3triton.base.exceptions import InputError
 from f3triton.recipes import read_recipe, recipe_names
+from f3triton.run.options import make_settings, parse
+from f3triton.run.parts import load_data, make_network, network_of
 
 from .common import RESULTS, result, row, save, table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
 
 WATCHED = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def run(recipe: str, name: str, seed: int, source: str, data: dict, extra: list[str]) -> dict:
     """One training run as `train.py --recipe` does it; its figures by epoch. `data` keeps what was loaded."""
-    options = train.parse(["--recipe", f"{recipe}/{name}", "--dataset", source, "--seed", str(seed), "--quiet", *extra])
+    arguments = ["--recipe", f"{recipe}/{name}", "--dataset", source, *extra]
+    options = parse([*arguments, "--seed", str(seed)])
     key = options.image, options.target, options.task, options.features
-    if key not in data:
-        options.seed = 1  # of the test split, where there is none: the same for all
-        data[key] = train.load_data(options)
-        options.seed = seed
-    train_set = data[key][0]
-    trainer = train.make_trainer(options, train.network_of(options, train_set), options.method, options.signal)
-    found = train.fit(trainer, options, data[key])
+    if key not in data:  # the test split, where there is none, is the same for all seeds
+        data[key] = load_data(parse([*arguments, "--seed", "1"]))
+    train_set, test_set = data[key]
+    trainer = Trainer(make_network(options, network_of(options, train_set)), settings=make_settings(options))
+    found = trainer.fit(train_set, options.epochs, test_set)
     figure = "test_error" if train_set.task == "classification" else "test_mse"
     values = [record[figure] for record in found.history]
     return {

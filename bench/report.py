@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from .common import RESULTS, read_result, table
+from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save
+
+from .common import RESULTS, read_result, table, where
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "overview.png"
@@ -29,8 +31,7 @@ def documents() -> list[Path]:
 def source(name: str) -> str:
     """Where a table's figures come from; the link is from the project's root."""
     content = read_result(name)
-    machine = f"{content['processor']}, {content['device']}, torch {content['versions']['torch']}, {content['date']}"
-    return f"`{content['command']}` on {machine}; [bench/results/{name}](bench/results/{name})"
+    return f"`{content['command']}` on {where(content)}; [bench/results/{name}](bench/results/{name})"
 
 
 def paper_table(recipe: str) -> str:
@@ -55,7 +56,7 @@ def by_x(name: str, part: str, metric: str, shown: str, number: str = "median", 
 def step_table() -> str:
     rates = by_x("step-cpu.json", "hidden layers", "steps/s", ".0f")
     ratios = by_x("step-cpu.json", "hidden layers", "steps/s", ".2f", "f3_is_faster").replace(
-        "steps/s, by", "f3triton f3 is so many times as fast, by"
+        "steps/s, by", "steps/s of f3triton f3 over those of each, by"
     )
     return f"{rates}\n\n{ratios}\n\n{source('step-cpu.json')}"
 
@@ -77,9 +78,14 @@ def windows_table(part: str) -> str:
 
 
 def compiled_table() -> str:
-    columns = ("kernel", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
-    rows = [row for row in read_result("kernels-compiled.json")["rows"] if row["part"] == "sm_90"]
-    return f"{table(list(columns), [[row[c] for c in columns] for row in rows])}\n\n{source('kernels-compiled.json')}"
+    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
+    most: dict[tuple[str, ...], dict] = {}  # of the cases of a tile, the one with most registers
+    for row in read_result("kernels-compiled.json")["rows"]:
+        key = row["kernel"], row["tile"], row["dtype"]
+        if row["part"] == "sm_90" and row["reg"] > most.get(key, {"reg": -1})["reg"]:
+            most[key] = row
+    rows = [[row[column] for column in columns] for row in most.values()]
+    return f"{table(list(columns), rows)}\n\n{source('kernels-compiled.json')}"
 
 
 def time_table() -> str:
@@ -147,34 +153,33 @@ def filled(path: Path) -> str:
 
 def draw() -> None:
     """Two panels: memory against depth, and accuracy on MNIST."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     memory = [row for row in read_result("memory-scaling.json")["rows"] if row["part"] == "MLP, against hidden layers"]
     runs = read_result("paper.json")["runs"]["mnist"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for method, label, colour in (
-        ("bp", "backprop", "#7a7a7a"),
-        ("dfa", "DFA", "#d9a11e"),
-        ("bp-checkpoint", "backprop, checkpointing", "#b0b0b0"),
-        ("bp-checkpoint-in-backward", "backprop, checkpointing, optimizer in backward", "#c9b6a4"),
-        ("f3", "F3", "#1f6fb4"),
+    figure = new_figure(11, 3.8, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    blue, red, _, _, orange, grey = COLOURS
+    ends = []
+    for method, label, colour, dash in (
+        ("bp", "backprop", grey, "-"),
+        ("dfa", "DFA", red, "--"),  # lies on backpropagation
+        ("bp-checkpoint", "backprop, checkpointing", grey, ":"),
+        ("bp-checkpoint-in-backward", "backprop, checkpointing, optimizer in backward", orange, ":"),
+        ("f3", "F3", blue, "-"),
     ):
         line = [(row["x"], row["median"]) for row in memory if row["method"] == method and row["metric"].startswith("act")]
-        style = "--" if method == "dfa" else "-"  # DFA lies on backpropagation
-        left.plot(*zip(*line, strict=True), style, marker="o", color=colour, label=label)
+        left.plot(*zip(*line, strict=True), dash, marker="o", ms=4, color=colour, label=label)
+        ends.append((*line[-1], colour))
     left.set(title="Activations and gradients of a step", xlabel="hidden layers", ylabel="MiB", ylim=0)
     left.legend(frameon=False, fontsize=8)
+    label_ends(left, ends)
     bars = {
-        "backprop": ("bp-default", "#7a7a7a"),
-        "DFA": ("dfa-default", "#d9a11e"),
-        "F3, windows": ("f3-windows", "#1f6fb4"),
-        "F3, this library's default": ("f3-default", "#1f6fb4"),
-        "F3, the paper's setting": ("f3-error-masked-trinomial", "#8fb8da"),
-        "DRTP": ("drtp-trinomial", "#cccccc"),
-        "last layer only": ("last-layer", "#cccccc"),
+        "backprop": ("bp-default", grey),
+        "DFA": ("dfa-default", red),
+        "F3, windows": ("f3-windows", blue),
+        "F3, this library's default": ("f3-default", blue),
+        "F3, the paper's setting": ("f3-error-masked-trinomial", blue),
+        "DRTP": ("drtp-trinomial", grey),
+        "last layer only": ("last-layer", grey),
     }
     bars = {label: bar for label, bar in bars.items() if bar[0] in runs}
     means = [sum(run["last"] for run in runs[name].values()) / len(runs[name]) for name, _ in bars.values()]
@@ -182,10 +187,10 @@ def draw() -> None:
     right.bar_label(drawn, fmt="%.2f", padding=3)
     right.invert_yaxis()
     right.set(title="MNIST, 784-500-10, 100 epochs", xlabel="test error in percent", xlim=(0, max(means) * 1.12))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, grid in ((left, "y"), (right, "x")):
+        plain_axes(axes, grid)
     PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+    save(figure, PICTURE, dpi=110)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import f3triton as f3
+from f3triton.base.data import Visit
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, needs_gpu, result, row, save, table
 
 INPUTS, CLASSES, SAMPLES = 784, 10, 6000
 LR = 1.5e-4
@@ -98,7 +100,7 @@ def library(method: str, width: int, depth: int) -> Step:
     model = f3.models.MLP([INPUTS, *[width] * depth, CLASSES])
     trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), method=method, lr_schedule="constant", device="cpu")
     trainer.fit(data(), 1, batches=lambda epoch: [torch.arange(50)])
-    return lambda index: trainer.learner.step(index, LR)
+    return lambda index: trainer.learner.visit(Visit(index, index), LR)
 
 
 def floor(width: int, depth: int, batch: int) -> Step:
@@ -188,25 +190,25 @@ def on_cpu(options: argparse.Namespace) -> dict:
     return result("step", rows, {"threads": options.threads, "rounds": rounds, "inputs": INPUTS, "classes": CLASSES})
 
 
-def on_gpu(options: argparse.Namespace) -> dict:
-    """Every setting of `step_gpu`, and its table."""
+def on_gpu(device: torch.device, quick: bool, rounds: int) -> dict:
+    """The rows of every setting of `step_gpu`; `failed` says what could not be measured."""
     from . import step_gpu
 
-    if not torch.cuda.is_available():
-        print("bench.step: error: --device cuda needs a CUDA or ROCm device, and this machine has none", file=sys.stderr)
-        sys.exit(2)
-    device, rows, bounds = torch.device("cuda"), [], {}
-    for name in step_gpu.QUICK if options.quick else step_gpu.SETTINGS:
-        rates, bounds[name] = step_gpu.measure(name, device, 3 if options.quick else options.rounds)
-        ours, bound = statistics.median(rates["f3triton f3"]), bounds[name]["steps_per_second"]
+    rows, bounds, failed = [], {}, {}
+    for name in step_gpu.QUICK if quick else step_gpu.SETTINGS:
+        rates, broken, bounds[name] = step_gpu.measure(name, device, rounds)
+        failed |= {f"{name}, {who}": reason for who, reason in broken.items()}
+        bound = bounds[name]["steps_per_second"]
+        ours = statistics.median(rates["f3triton f3"]) if "f3triton f3" in rates else math.nan
         shown = []
         for who, values in rates.items():
             value = statistics.median(values)
-            rows.append(row(who, name, "steps/s", values, part=name, f3_is_faster=ours / value, share_of_bound=value / bound))
+            ratio = {} if math.isnan(ours) else {"f3_is_faster": ours / value}
+            rows.append(row(who, name, "steps/s", values, part=name, share_of_bound=value / bound, **ratio))
             shown.append([who, f"{value:.0f}", f"{ours / value:.2f}", f"{value / bound:.2f}"])
         print(f"\n{name}\n")
         print(table(["", "steps/s", "f3triton f3 is this many times as fast", "share of F3's bound"], shown), flush=True)
-    return result("step", rows, {"rounds": options.rounds}, device, bounds=bounds)
+    return result("step", rows, {"rounds": rounds}, device, bounds=bounds, failed=failed)
 
 
 def main() -> None:
@@ -219,8 +221,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: step-cpu.json or step-gpu.json in bench/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    content = on_gpu(options) if options.device == "cuda" else on_cpu(options)
-    save(options.output or RESULTS / f"step-{'gpu' if options.device == 'cuda' else 'cpu'}.json", content)
+    gpu = options.device == "cuda"
+    if gpu:
+        needs_gpu("bench.step")
+    content = on_gpu(torch.device("cuda"), options.quick, 3 if options.quick else options.rounds) if gpu else on_cpu(options)
+    save(options.output or RESULTS / f"step-{'gpu' if gpu else 'cpu'}.json", content)
+    if content.get("failed"):
+        sys.exit(f"failed: {', '.join(content['failed'])}")
 
 
 if __name__ == "__main__":

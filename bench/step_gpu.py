@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import f3triton as f3
+from f3triton.base.data import Visit
 
+from .common import noted
 from .kernels import ceilings
 
 Step = Callable[[Tensor], object]
@@ -47,7 +49,7 @@ def library(sizes: list[int], batch: int, precision: str, device: torch.device, 
     trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), lr_schedule="constant", device=device, batch_size=batch,
                          precision=precision, cuda_graph=graph, backend=backend)  # fmt: skip
     trainer.fit(data(sizes, device), 1, batches=lambda epoch: [torch.arange(batch)] * 4)
-    return lambda index: trainer.learner.step(index, LR)
+    return lambda index: trainer.learner.visit(Visit(index, index), LR)
 
 
 def backprop(sizes: list[int], batch: int, precision: str, device: torch.device, compiled: bool, graphed: bool) -> Step:
@@ -97,12 +99,12 @@ def contestants(sizes: list[int], batch: int, precision: str, device: torch.devi
     """By name, what builds each step."""
     setting = sizes, batch, precision, device
     found = {
+        "f3triton f3": lambda: library(*setting, "on" if device.type == "cuda" else "off", "auto"),
         "f3triton f3, torch backend": lambda: library(*setting, "off", "torch"),
         "backprop, fused Adam": lambda: backprop(*setting, compiled=False, graphed=False),
     }
     if device.type == "cuda":
         found |= {
-            "f3triton f3": lambda: library(*setting, "on", "auto"),
             "f3triton f3, no graph": lambda: library(*setting, "off", "auto"),
             "f3triton f3, torch backend, graph": lambda: library(*setting, "on", "torch"),
             "backprop, fused Adam, compiled": lambda: backprop(*setting, compiled=True, graphed=False),
@@ -137,15 +139,21 @@ def bound(sizes: list[int], batch: int, precision: str, ceiling: dict[str, float
     return 1 / max(flops / ceiling["flops"], moved / ceiling["bytes"])
 
 
-def measure(name: str, device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """(rates of all contestants in one setting, in turn; the bound and the machine's ceilings)."""
+def measure(name: str, device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict[str, str], dict[str, object]]:
+    """(rates of all contestants in one setting, in turn; why some have none; the bound and the machine's ceilings)."""
     sizes, batch, precision = {**SETTINGS, **QUICK}[name]
-    steps = {who: build() for who, build in contestants(sizes, batch, precision, device).items()}
     count = 300 if max(sizes) < 1000 else 20
+    steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}  # such as a compiler that is not there: the others stay in the race
+    for who, build in contestants(sizes, batch, precision, device).items():
+        with noted(failed, who):
+            steps[who] = build()
     rates: dict[str, list[float]] = {who: [] for who in steps}
     for _ in range(rounds):
         indices = [torch.randint(0, SAMPLES, (batch,), device=device) for _ in range(count)]
-        for who, step in steps.items():
-            rates[who].append(rate(step, indices, device))
+        for who in [who for who in rates if who not in failed]:
+            with noted(failed, who):
+                rates[who].append(rate(steps[who], indices, device))
     ceiling = ceilings(device, 8192 if device.type == "cuda" else 256, getattr(torch, precision), 5)
-    return rates, {"steps_per_second": bound(sizes, batch, precision, ceiling), **ceiling}
+    bounds = {"steps_per_second": bound(sizes, batch, precision, ceiling), **ceiling}
+    return {who: values for who, values in rates.items() if who not in failed}, failed, bounds

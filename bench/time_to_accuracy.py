@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import f3triton as f3
+from f3triton.base.data import Visit
 
 from .common import RESULTS, result, row, save, table
 
@@ -58,7 +59,7 @@ def rates(data: tuple[f3.Dataset, f3.Dataset], rounds: int, steps: int) -> dict[
             batches = [torch.randint(0, len(data[0]), (50,)) for _ in range(steps)]
             began = time.perf_counter()
             for index in batches:
-                learner.step(index, 1e-6)
+                learner.visit(Visit(index, index), 1e-6)
             found[name].append(steps / (time.perf_counter() - began))
     return found
 

@@ -1,7 +1,22 @@
-"""F3's operations as pure functions on tensors; needs torch, and triton where the Triton backend is asked for."""
+"""This folder is imported as `f3triton.kernels`: F3's operations as pure functions on tensors.
+
+It needs torch, and triton where the Triton backend is asked for; it imports nothing of the rest of f3triton.
+"""
 
 from . import dispatch, eager, reference
 from .generated import GeneratedFeedback
-from .rules import SGD, Adam, AdamW, Moments, Rule, new_moments
+from .rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
-__all__ = ["SGD", "Adam", "AdamW", "GeneratedFeedback", "Moments", "Rule", "dispatch", "eager", "new_moments", "reference"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "GeneratedFeedback",
+    "Rule",
+    "State",
+    "Update",
+    "dispatch",
+    "eager",
+    "new_state",
+    "reference",
+]

@@ -18,21 +18,15 @@ from torch import Tensor
 
 from . import reference
 from .generated import GeneratedFeedback
-from .rounding import BIAS_SEED, round_stochastic
-from .rules import SGD, Moments, Rule
+from .rounding import parameter_seed, round_stochastic
+from .rules import SGD, Moments, State, Update
 
 aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
+READS_SHADOWS = False  # a copy of the weight in half precision would save nothing here
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
-
-
-# oneDNN's linear layer with the activation in its epilogue, which torch has for its own compiler: on a CPU in float32 about a
-# sixth faster than a product and an activation. Where this build of torch has none, the plain way is taken.
-_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_ONEDNN_SIZE = 1 << 15  # elements of a weight below which its set-up costs more than it saves
-_ONEDNN_ACTIVATIONS = {"identity": "none", "tanh": "tanh", "sigmoid": "sigmoid", "relu": "relu"}
 
 
 def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,10 +76,6 @@ def times_slope(gradient: Tensor, kept: Tensor, activation: str) -> Tensor:
 
 def linear_keep(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """`(h [M, N], kept [M, N])`: the forward pass, and what `times_slope` needs later (often `h` itself)."""
-    fused = _ONEDNN_ACTIVATIONS.get(activation) if weight.numel() >= _ONEDNN_SIZE else None
-    if fused and _onednn_linear and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu":
-        h = _onednn_linear(x, weight, bias, fused, [], "")
-        return h, h
     return activate(_pre_activation(x, weight, bias), activation)
 
 
@@ -120,40 +110,29 @@ def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return delta.t() @ x, delta.sum(0)
 
 
-def update_(
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    rule: Rule,
-    lr: float | Tensor,
-    step: int | Tensor,
-    seed: int | None = None,
-    first: int = 0,
-) -> None:
-    """See `reference.update_`: the same formula in one pass over the parameter and its moments.
+def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
+    """See `reference.update_`: the same formula in one pass over the parameter and its moments."""
+    _update_part_(parameter, gradient, state.moments, state.place, update)
+    if state.shadow is not None:
+        state.shadow.copy_(parameter)
 
-    `first` is the number of the parameter's first element, where it is a part of a larger one.
-    """
-    if parameter.dtype == torch.bfloat16:
-        wide = parameter.float()
-        _update_all_([wide], [gradient.float()], [moments], rule, lr, step)
-        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, step, first))
+
+def _update_part_(parameter: Tensor, gradient: Tensor, moments: Moments, place: int, update: Update, first: int = 0) -> None:
+    """A parameter or some rows of it, of which the first element has the number `first`."""
+    if parameter.dtype != torch.bfloat16:
+        _update_all_([parameter], [gradient], [moments], update)
         return
-    _update_all_([parameter], [gradient], [moments], rule, lr, step)
+    wide = parameter.float()
+    _update_all_([wide], [gradient.float()], [moments], update)
+    seed = None if update.seed is None else parameter_seed(update.seed, place)
+    parameter.copy_(wide if seed is None else round_stochastic(wide, seed, update.step, first))
 
 
-def _update_all_(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Moments],
-    rule: Rule,
-    lr: float | Tensor,
-    step: int | Tensor,
-) -> None:
-    device = parameters[0].device
+def _update_all_(parameters: list[Tensor], gradients: list[Tensor], moments: list[Moments], update: Update) -> None:
+    rule, step, device = update.rule, update.step, parameters[0].device
     if device.type not in FUSED_DEVICES:
         for parameter, gradient, buffers in zip(parameters, gradients, moments, strict=True):
-            reference.update_(parameter, gradient, buffers, rule, lr, step)
+            reference.update_(parameter, gradient, State(buffers), update)
         return
     if isinstance(rule, SGD):
         torch._fused_sgd_(
@@ -162,7 +141,7 @@ def _update_all_(
             [buffers[0] for buffers in moments] if rule.momentum else [],
             weight_decay=rule.weight_decay,
             momentum=rule.momentum,
-            lr=lr,
+            lr=update.lr,
             dampening=0.0,
             nesterov=rule.nesterov,
             maximize=False,
@@ -171,6 +150,8 @@ def _update_all_(
         return
     if not isinstance(step, Tensor):
         step = torch.tensor(float(step), device=device)
+    elif device.type != "cpu":  # these kernels read a float32, which is enough for `1 - beta^step`; the CPU's read any number
+        step = step.to(torch.float32)
     fused = torch._fused_adamw_ if rule.decoupled else torch._fused_adam_
     fused(
         parameters,
@@ -179,7 +160,7 @@ def _update_all_(
         [buffers[1] for buffers in moments],
         [],
         [step] * len(parameters),
-        lr=lr,
+        lr=update.lr,
         beta1=rule.betas[0],
         beta2=rule.betas[1],
         weight_decay=rule.weight_decay,
@@ -213,14 +194,9 @@ def outer_product_update_(
     bias: Tensor | None,
     delta: Tensor,
     x: Tensor,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
 ) -> None:
     """See `reference.outer_product_update_`; a large weight is updated a few rows at a time."""
     rows, columns = weight.shape
@@ -228,23 +204,23 @@ def outer_product_update_(
         delta = delta.to(x.dtype)
     left = delta.t()  # [N, M]
     chunk = max(1, SCRATCH // columns)
-    if rows <= chunk and weight.dtype != torch.bfloat16 and shadow is None:
-        parameters, gradients, moments = [weight], [_weight_gradient(left, x, weight.dtype)], [weight_moments]
+    if rows <= chunk and weight.dtype != torch.bfloat16 and weight_state.shadow is None:
+        parameters, gradients, moments = [weight], [_weight_gradient(left, x, weight.dtype)], [weight_state.moments]
         if bias is not None:
             parameters.append(bias)
             gradients.append(delta.sum(0, dtype=bias.dtype))
-            moments.append(bias_moments)
-        _update_all_(parameters, gradients, moments, rule, lr, step)
+            moments.append(bias_state.moments)
+        _update_all_(parameters, gradients, moments, update)
         return
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        gradient = _weight_gradient(left[part], x, weight.dtype)
-        update_(weight[part], gradient, tuple(buffer[part] for buffer in weight_moments), rule, lr, step, seed, start * columns)
-    if shadow is not None:
-        shadow.copy_(weight)
+        gradient = _weight_gradient(left[part], x, torch.promote_types(weight.dtype, torch.float32))
+        moments = tuple(buffer[part] for buffer in weight_state.moments)
+        _update_part_(weight[part], gradient, moments, weight_state.place, update, start * columns)
+    if weight_state.shadow is not None:
+        weight_state.shadow.copy_(weight)
     if bias is not None:
-        gradient = delta.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
-        update_(bias, gradient, bias_moments, rule, lr, step, None if seed is None else seed ^ BIAS_SEED)
+        update_(bias, delta.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)), bias_state, update)
 
 
 def linear_step_(
@@ -253,20 +229,16 @@ def linear_step_(
     bias: Tensor | None,
     error: Tensor,
     feedback: Tensor | GeneratedFeedback,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
     activation: str = "identity",
     scale: float = 1.0,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_step_`."""
-    h, delta = linear_forward(x, weight if shadow is None else shadow, bias, activation, error, feedback, scale)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    h, delta = linear_forward(x, source, bias, activation, error, feedback, scale)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return h
 
 
@@ -275,23 +247,24 @@ def linear_backward_update_(
     bias: Tensor | None,
     delta: Tensor,
     x: Tensor,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
 ) -> Tensor:
     """See `reference.linear_backward_update_`."""
-    input_gradient = delta @ (weight if shadow is None else shadow).to(delta.dtype)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    input_gradient = delta @ source.to(delta.dtype)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return input_gradient
 
 
-def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
-    """See `reference.output_error`; where the error is the one that belongs to the loss, `y* - prediction` serves for both."""
+def output_step(
+    a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto"
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """See `reference.output_step`; the figures are None, for they are cheaper taken later, for the outputs of many steps.
+
+    Where the error is the one that belongs to the loss, `y* - prediction` serves for gradient and error.
+    """
     if loss == "cross-entropy":
         p = torch.softmax(a, -1)
         residual = target - p
@@ -304,22 +277,5 @@ def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = 
         gradient = residual * (-2 / a.numel())
     natural = link == "auto" or (link == "identity" and loss != "cross-entropy")
     if natural and source in ("delayed-error", "current-error"):
-        return gradient, residual
-    return gradient, reference.error_signal(a, target, loss, source, link)
-
-
-def output_step(
-    a: Tensor,
-    target: Tensor,
-    loss: str,
-    source: str,
-    link: str = "auto",
-    *,
-    rows: Tensor | None = None,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.output_step`."""
-    gradient, error = output_error(a, target, loss, source, link)
-    if rows is not None:
-        rows.index_copy_(0, index, error.to(rows.dtype))
-    return reference.loss_of(a, target, loss), reference.correct_of(a, target), gradient, error
+        return gradient, residual, None
+    return gradient, reference.error_signal(a, target, loss, source, link), None

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .generated import GeneratedFeedback
-from .rounding import BIAS_SEED, round_stochastic
-from .rules import SGD, Moments, Rule
+from .rounding import parameter_seed, round_stochastic
+from .rules import SGD, Moments, State, Update
 
 ACTIVATIONS = ("identity", "tanh", "sigmoid", "relu", "gelu", "gelu-tanh", "silu")
 LOSSES = ("bce", "cross-entropy", "mse")
@@ -31,7 +31,7 @@ def activate(a: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return torch.sigmoid(a)
     if activation == "relu":
-        return torch.where(a > 0, a, torch.zeros_like(a))
+        return torch.where(a <= 0, torch.zeros_like(a), a)  # NaN stays NaN
     if activation == "gelu":
         return 0.5 * a * (1 + torch.erf(a / math.sqrt(2)))
     if activation == "gelu-tanh":
@@ -50,7 +50,7 @@ def activation_slope(a: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return torch.sigmoid(a) * (1 - torch.sigmoid(a))
     if activation == "relu":
-        return (a > 0).to(a.dtype)
+        return torch.where(a <= 0, torch.zeros_like(a), torch.ones_like(a))
     if activation == "gelu":
         return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
     if activation == "gelu-tanh":
@@ -92,25 +92,25 @@ def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return delta.T @ x, delta.sum(0)
 
 
-def update_(
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    rule: Rule,
-    lr: float | Tensor,
-    step: int | Tensor,
-    seed: int | None = None,
-) -> None:
-    """`parameter <- rule(parameter, gradient)`, in place; `step` counts from 1; `moments` are changed in place too.
+def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
+    """`parameter <- rule(parameter, gradient)`, in place, and with it the moments and the shadow of its `state`.
 
-    Equal to `torch.optim`'s SGD, Adam and AdamW to rounding. A bfloat16 parameter is updated in float32 (its moments are
-    float32) and rounded to nearest, or with a `seed` (31 bits) stochastically: see `rounding`.
+    Parameter and gradient have any shape. Equal to `torch.optim`'s SGD, Adam and AdamW to rounding. A bfloat16 parameter is
+    updated in float32 (its moments are float32) and rounded as `Update` says.
     """
     if parameter.dtype == torch.bfloat16:
         wide = parameter.float()
-        update_(wide, gradient.float(), moments, rule, lr, step)
-        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, step))
-        return
+        _apply_rule_(wide, gradient.float(), state.moments, update)
+        seed = None if update.seed is None else parameter_seed(update.seed, state.place)
+        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, update.step))
+    else:
+        _apply_rule_(parameter, gradient, state.moments, update)
+    if state.shadow is not None:
+        state.shadow.copy_(parameter)
+
+
+def _apply_rule_(parameter: Tensor, gradient: Tensor, moments: Moments, update: Update) -> None:
+    rule, lr, step = update.rule, update.lr, update.step
     if isinstance(rule, SGD):
         gradient = gradient + rule.weight_decay * parameter
         if rule.momentum:
@@ -119,6 +119,8 @@ def update_(
             gradient = gradient + rule.momentum * buffer if rule.nesterov else buffer
         parameter.sub_(lr * gradient)
         return
+    if isinstance(step, Tensor):
+        step = step.double()
     m, v = moments
     beta1, beta2 = rule.betas
     if rule.decoupled:
@@ -136,25 +138,15 @@ def outer_product_update_(
     bias: Tensor | None,  # [N], changed
     delta: Tensor,  # [M, N]
     x: Tensor,  # [M, K]
-    rule: Rule,
-    weight_moments: Moments,  # changed
-    bias_moments: Moments,  # changed
-    lr: float | Tensor,
-    step: int | Tensor,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,  # [N, K], changed
+    weight_state: State,  # changed
+    bias_state: State | None,  # changed; None where there is no bias
+    update: Update,
 ) -> None:
-    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place.
-
-    `seed`: see `update_`. `shadow` is a copy of the weight in half precision for the products; it gets the new weight too.
-    """
+    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place; see `update_`."""
     weight_gradient, bias_gradient = outer_product(delta, x)
-    update_(weight, weight_gradient, weight_moments, rule, lr, step, seed)
-    if shadow is not None:
-        shadow.copy_(weight)
+    update_(weight, weight_gradient, weight_state, update)
     if bias is not None:
-        update_(bias, bias_gradient, bias_moments, rule, lr, step, None if seed is None else seed ^ BIAS_SEED)
+        update_(bias, bias_gradient, bias_state, update)
 
 
 def linear_step_(
@@ -163,23 +155,19 @@ def linear_step_(
     bias: Tensor | None,  # [N], changed
     error: Tensor,  # [M, C]
     feedback: Tensor | GeneratedFeedback,  # [C, N]
-    rule: Rule,
-    weight_moments: Moments,  # changed
-    bias_moments: Moments,  # changed
-    lr: float | Tensor,
-    step: int | Tensor,
+    weight_state: State,  # changed
+    bias_state: State | None,  # changed; None where there is no bias
+    update: Update,
     activation: str = "identity",
     scale: float = 1.0,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,  # [N, K], changed
 ) -> Tensor:
     """A hidden layer's whole visit: `h [M, N]` from the old weight, then the update. Returns `h` (arXiv 2304.13372, alg. 1).
 
-    `h` is made from the `shadow` where there is one.
+    `h` is made from the weight's shadow where it has one.
     """
-    h, delta = linear_forward(x, weight if shadow is None else shadow, bias, activation, error, feedback, scale)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    h, delta = linear_forward(x, source, bias, activation, error, feedback, scale)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return h
 
 
@@ -188,18 +176,14 @@ def linear_backward_update_(
     bias: Tensor | None,  # [N], changed
     delta: Tensor,  # [M, N]
     x: Tensor,  # [M, K]
-    rule: Rule,
-    weight_moments: Moments,  # changed
-    bias_moments: Moments,  # changed
-    lr: float | Tensor,
-    step: int | Tensor,
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,  # [N, K], changed
+    weight_state: State,  # changed
+    bias_state: State | None,  # changed; None where there is no bias
+    update: Update,
 ) -> Tensor:
     """For layers inside a block with an exact gradient: returns `dx = delta W  [M, K]` from the *old* weight, then updates."""
-    input_gradient = delta @ (weight if shadow is None else shadow).to(delta.dtype)
-    outer_product_update_(weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, seed=seed, shadow=shadow)
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    input_gradient = delta @ source.to(delta.dtype)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return input_gradient
 
 
@@ -220,20 +204,25 @@ def prediction_of(a: Tensor, loss: str) -> Tensor:
     return torch.softmax(a, -1) if loss == "cross-entropy" else output_of(a, loss)
 
 
-def loss_of(a: Tensor, target: Tensor, loss: str) -> Tensor:
-    """The mean loss, a scalar: over all M*C elements for `bce` and `mse`, over the M samples for `cross-entropy`.
+def losses_of(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """The loss of each sample, `[M]`: a mean over its C elements for `bce` and `mse`, a sum for `cross-entropy`.
 
     `a [M, C]` is the last layer's pre-activation, `target [M, C]` one-hot or real. `bce` is computed from the
     logarithms of sigmoid, so it is finite for any finite `a`.
     """
     if loss == "bce":
         log_p, log_q = torch.nn.functional.logsigmoid(a), torch.nn.functional.logsigmoid(-a)
-        return -(target * log_p + (1 - target) * log_q).mean()
+        return -(target * log_p + (1 - target) * log_q).mean(-1)
     if loss == "cross-entropy":
-        return -(target * torch.log_softmax(a, -1)).sum(-1).mean()
+        return -(target * torch.log_softmax(a, -1)).sum(-1)
     if loss == "mse":
-        return ((a - target) ** 2).mean()
+        return ((a - target) ** 2).mean(-1)
     raise ValueError(f"loss {loss!r} is unknown; allowed: {', '.join(LOSSES)}")
+
+
+def loss_of(a: Tensor, target: Tensor, loss: str) -> Tensor:
+    """The training loss, a scalar: the mean over samples of `losses_of`."""
+    return losses_of(a, target, loss).mean()
 
 
 def loss_gradient(a: Tensor, target: Tensor, loss: str) -> Tensor:
@@ -296,14 +285,9 @@ def error_signal(a: Tensor, target: Tensor, loss: str, source: str, link: str = 
     raise ValueError(f"signal {source!r} is unknown; allowed: {', '.join(SOURCES)}")
 
 
-def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
-    """`(dL/da, error)`, each `[M, C]`: what teaches the last layer, and what these samples leave behind."""
-    return loss_gradient(a, target, loss), error_signal(a, target, loss, source, link)
-
-
-def correct_of(a: Tensor, target: Tensor) -> Tensor:
-    """The number of rows whose largest output stands where the target's largest entry stands (int64 scalar)."""
-    return (a.argmax(-1) == target.argmax(-1)).sum()
+def hits_of(a: Tensor, target: Tensor) -> Tensor:
+    """Whether a sample's largest output stands where its target's largest entry stands, `[M]` bool."""
+    return a.argmax(-1) == target.argmax(-1)
 
 
 def output_step(
@@ -312,15 +296,11 @@ def output_step(
     loss: str,
     source: str,
     link: str = "auto",
-    *,
-    rows: Tensor | None = None,  # [samples, C], changed
-    index: Tensor | None = None,  # [M]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole end of the forward pass: `(loss, correct, dL/da, error)`, by `loss_of`, `correct_of`, `output_error`.
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """The end of the forward pass: `(gradient [M, C], error [M, C], figures)`, by `loss_gradient` and `error_signal`.
 
-    With the `rows` of an error store, and the batch's sample indices, the error is written there at once.
+    `gradient` teaches the last layer, `error` is what these samples leave behind. `figures` are `losses_of` and `hits_of`, each
+    `[M]`; a backend that would have to take them separately gives None.
     """
-    gradient, error = output_error(a, target, loss, source, link)
-    if rows is not None:
-        rows[index] = error.to(rows.dtype)
-    return loss_of(a, target, loss), correct_of(a, target), gradient, error
+    figures = losses_of(a, target, loss), hits_of(a, target)
+    return loss_gradient(a, target, loss), error_signal(a, target, loss, source, link), figures

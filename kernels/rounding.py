@@ -3,30 +3,37 @@
 Rounding to nearest would lose every update smaller than half a unit in the last of bfloat16's eight bits; a number between two
 neighbours `l < w < u` becomes `u` with probability `(w - l) / (u - l)` instead (arXiv 2010.06192). The bits are those of an
 integer hash (two rounds of the 32-bit mixer known as lowbias32), not of a generator: elements may be rounded in any order, by
-any number of programs. `triton_math` has the same in Triton, equal bit for bit.
+any number of programs. `gpu.math` has the same in Triton, equal bit for bit.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 STEP_FACTOR = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive steps
-BIAS_SEED = 0x3C6EF372  # a layer's bias draws other bits than its weight
+
+Word = TypeVar("Word", int, Tensor)
 
 
-def _mix(h: Tensor) -> Tensor:
+def _mix(h: Word) -> Word:
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
     return h ^ (h >> 16)
 
 
+def parameter_seed(seed: int, place: int) -> int:
+    """The seed (31 bits) of one parameter's rounding, from that of the run and the parameter's place in the whole model."""
+    return _mix(_mix((seed & _MASK) ^ _mix(seed >> 32 & _MASK)) ^ (place & _MASK)) >> 1
+
+
 def random_bits(element: Tensor, seed: int, step: int | Tensor) -> Tensor:
     """32 bits for each `element` (int64, any shape), as int64; `seed` has 31 bits, `step` counts from 1."""
-    step = step.to(torch.int64) if isinstance(step, Tensor) else int(step)
     h = _mix((element & _MASK) ^ seed)
-    return _mix(h ^ ((step * STEP_FACTOR + (element >> 32)) & _MASK))
+    return _mix(h ^ (((step * STEP_FACTOR & _MASK) + (element >> 32)) & _MASK))
 
 
 def round_stochastic(values: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:

@@ -88,10 +88,40 @@ Rule = SGD | Adam | AdamW
 Moments = tuple[Tensor, ...]
 
 
-def new_moments(parameter: Tensor, rule: Rule) -> Moments:
-    """Zeroed buffers for one parameter: none, one (momentum) or two (Adam's m and v), each of its shape.
+@dataclass(frozen=True)
+class Update:
+    """What one step does to every parameter: the rule, its learning rate, and which step it is.
 
-    They are of the parameter's type, but never narrower than float32.
+    `step` counts from 1; it is a number, or an int64 scalar on the parameters' device. `lr` is a number or a scalar there. A
+    bfloat16 parameter is rounded to nearest, or with a `seed` (a whole number of at least 0) stochastically: see `rounding`.
+    """
+
+    rule: Rule
+    lr: float | Tensor
+    step: int | Tensor
+    seed: int | None = None
+
+
+@dataclass
+class State:
+    """What one parameter keeps between steps; its tensors are changed in place.
+
+    `moments` are the rule's buffers (none, momentum, or Adam's m and v), each of the parameter's shape. `shadow` is a copy of
+    the parameter in half precision, for products; an update writes it too. `place` is the parameter's place in the whole model
+    (any whole number that no other parameter has): from it, and the update's seed, come its random bits.
+    """
+
+    moments: Moments
+    shadow: Tensor | None = None
+    place: int = 0
+
+
+def new_state(parameter: Tensor, rule: Rule, place: int = 0, shadow: torch.dtype | None = None) -> State:
+    """The state of a parameter before the first step: zeroed moments, of its type but never narrower than float32.
+
+    With `shadow`, a type, also a copy of the parameter in it, unless that is the parameter's own type.
     """
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return tuple(torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for _ in range(rule.moments))
+    moments = tuple(torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for _ in range(rule.moments))
+    copy = None if shadow in (None, parameter.dtype) else parameter.detach().to(shadow)
+    return State(moments, copy, place)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from f3triton.kernels import eager
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.network.updater import Updater, torch_optimizer
+from f3triton.kernels import eager
+from f3triton.network.updater import Arithmetic, Updater, torch_optimizer
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,7 @@ class Mixture(nn.Module):
 
 
 def updater(module: nn.Module, rule: object) -> Updater:
-    made = Updater(rule, list(module.parameters()), eager, CPU)
-    made.next_step(rule.lr)
-    return made
+    return Updater(module, Arithmetic(rule, eager, CPU))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -56,8 +54,7 @@ def test_a_block_equals_autograd_and_the_rule(checkpointed: bool, rule: object) 
     twin.feedback_matrix = block.feedback_matrix
     work, optimizer = updater(block, rule), torch_optimizer(rule, list(twin.parameters()))
     for _ in range(3):
-        h = block.learn(x, error, work, 0.5)
-        work.next_step(rule.lr)
+        h = block.learn(x, error, work.begin(rule.lr, 0.5))
         expected = twin(x)
         optimizer.zero_grad()
         (expected * (0.5 * error @ twin.feedback_matrix).view_as(expected)).sum().backward()
@@ -91,7 +88,7 @@ def test_no_weight_gradient_of_a_fused_linear_is_ever_made(monkeypatch: pytest.M
     block = f3.Block(nn.Sequential(f3.Linear(300, 400, "tanh"), nn.LayerNorm(400), f3.Linear(400, 300)))
     x, error = torch.randn(4, 300), torch.randn(4, 3)
     block.prepare(x, 3, seed=1)
-    work = updater(block, f3.Adam())
+    step = updater(block, f3.Adam()).begin(1e-3)
     sizes = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -104,7 +101,7 @@ def test_no_weight_gradient_of_a_fused_linear_is_ever_made(monkeypatch: pytest.M
             return out
 
     with Record():
-        block.learn(x, error, work, 1.0)
+        block.learn(x, error, step)
     assert made == [(300, 400), (400, 300)]
     assert sizes
     assert max(sizes) < 300 * 400
@@ -154,13 +151,13 @@ def test_layers_are_taught_at_their_own_outputs(shape: str, by_token: bool, curr
     loss.backward()
     optimizer.step()
 
-    work = updater(stage, f3.SGD(lr=0.01))
+    step = updater(stage, f3.SGD(lr=0.01)).begin(0.01)
     with torch.no_grad():
         if current:
-            y, kept = stage.keep(x, work)
-            stage.teach(kept, error, work, 1.0)
+            y, kept = stage.keep(x, step)
+            stage.teach(kept, error, step)
         else:
-            y = stage.learn(x, error, work, 1.0)
+            y = stage.learn(x, error, step)
     assert torch.allclose(y, x + out)
     for (name, ours), (_, theirs) in zip(stage.module.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), name
@@ -171,7 +168,7 @@ def test_a_signal_in_the_shape_of_images(shape: str) -> None:
     block = f3.Block(nn.Conv2d(1, 4, 3, padding=1), feedback_shape=shape)
     h = block.prepare(torch.randn(1, 1, 5, 5), 3, seed=1)
     error = torch.randn(6, 3)
-    signal = block.signal(error, h.expand(6, -1, -1, -1))
+    signal = block.error_signal(error, h.expand(6, -1, -1, -1))
     flat = error @ block.feedback_matrix
     assert torch.allclose(signal, flat.view(6, 4, 5, 5) if shape == "full" else flat[:, :, None, None].expand(6, 4, 5, 5))
 

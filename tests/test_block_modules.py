@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from f3triton.kernels import eager
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
-from f3triton.network.updater import Updater, torch_optimizer
+from f3triton.kernels import eager
+from f3triton.network.updater import Arithmetic, Step, Updater, torch_optimizer
 
 
 class Twice(nn.Module):
@@ -85,11 +85,11 @@ def test_equals_autograd_and_the_optimizer(name: str, rule: str) -> None:
     theirs = copy.deepcopy(ours.module)
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch_optimizer(RULES[rule], parameters)
-    updater = Updater(RULES[rule], list(ours.parameters()), eager, torch.device("cpu"))
+    updater = Updater(ours, Arithmetic(RULES[rule], eager, torch.device("cpu")))
     for _ in range(3):
         x, seed = torch.randn(4, 5, 6).double(), torch.randn(4, 5, 6).double()
-        updater.next_step(RULES[rule].lr)
-        h, kept = ours.keep(x, updater)
+        step = updater.begin(RULES[rule].lr)
+        h, kept = ours.keep(x, step)
         expected = theirs(x)
         torch.testing.assert_close(h, expected, rtol=0, atol=1e-12)
         seed = seed[..., : h.shape[-1]][:, : h.shape[1]]
@@ -98,7 +98,7 @@ def test_equals_autograd_and_the_optimizer(name: str, rule: str) -> None:
         ):
             parameter.grad = gradient
         optimizer.step()
-        ours.finish(kept, seed, updater)
+        ours.finish(kept, seed, step)
     for (key, one), other in zip(ours.module.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
     assert all(p.grad is None for p in ours.parameters())
@@ -110,7 +110,7 @@ def test_no_weight_gradient_of_a_linear_layer(name: str, monkeypatch: pytest.Mon
     """Autograd never accumulates into a linear layer's weight, and every such layer goes through a fused operation, once."""
     ours = f3.Block(MODULES[name]())
     layers = [m for m in ours.modules() if isinstance(m, nn.Linear | f3.Linear) and type(m).__name__ == "Linear"]
-    updater = Updater(f3.SGD(lr=0.1), list(ours.parameters()), eager, torch.device("cpu"))
+    updater = Updater(ours, Arithmetic(f3.SGD(lr=0.1), eager, torch.device("cpu")))
     updated, applied = [], []
     for operation in ("linear_backward_update_", "outer_product_update_"):
         original = getattr(eager, operation)
@@ -121,11 +121,10 @@ def test_no_weight_gradient_of_a_linear_layer(name: str, monkeypatch: pytest.Mon
             return original(weight, *rest, **named)
 
         monkeypatch.setattr(eager, operation, spy)
-    apply = updater.apply
-    monkeypatch.setattr(updater, "apply", lambda parameter, gradient: applied.append(parameter) or apply(parameter, gradient))
-    updater.next_step(0.1)
-    h, kept = ours.keep(torch.randn(2, 4, 6), updater)
-    ours.finish(kept, torch.ones_like(h), updater)
+    step, apply = updater.begin(0.1), Step.apply
+    monkeypatch.setattr(Step, "apply", lambda self, p, gradient: applied.append(p) or apply(self, p, gradient))
+    h, kept = ours.keep(torch.randn(2, 4, 6), step)
+    ours.finish(kept, torch.ones_like(h), step)
     assert len(layers) >= 2
     for layer in layers:
         assert sum(weight is layer.weight for weight in updated) == 1
@@ -175,13 +174,13 @@ def test_layers_are_taught_at_their_own_outputs() -> None:
         raise AssertionError("autograd kept a tensor")
 
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
-        updater = Updater(f3.SGD(lr=0.1), list(ours.parameters()), eager, torch.device("cpu"))
-        updater.next_step(0.1)
-        h = ours.learn(x, error, updater, 0.5)  # delayed signals: on the way
-        later = Updater(f3.SGD(lr=0.1), list(twin.parameters()), eager, torch.device("cpu"))
-        later.next_step(0.1)
-        h2, kept = twin.keep(x, later)  # current signals: after the whole forward pass
-        twin.teach(kept, error, later, 0.5)
+        updater = Updater(ours, Arithmetic(f3.SGD(lr=0.1), eager, torch.device("cpu")))
+        step = updater.begin(0.1, 0.5)
+        h = ours.learn(x, error, step)  # delayed signals: on the way
+        later = Updater(twin, Arithmetic(f3.SGD(lr=0.1), eager, torch.device("cpu")))
+        late = later.begin(0.1, 0.5)
+        h2, kept = twin.keep(x, late)  # current signals: after the whole forward pass
+        twin.teach(kept, error, late)
     torch.testing.assert_close(h, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(h2, expected, rtol=0, atol=1e-12)
     for (name, one), two, other in zip(ours.named_parameters(), twin.parameters(), theirs.parameters(), strict=True):
@@ -242,7 +241,7 @@ def test_feedback_shapes(shape: str, output: tuple[int, ...], rows: int, formula
     missing = [letter for letter in letters if letter not in left + right]
     tensors.append(torch.ones([sizes[letter] for letter in missing], dtype=torch.float64))
     expected = torch.einsum(f"{left},{right},{''.join(missing)}->{letters}", tensors[0], tensors[1], tensors[2])
-    torch.testing.assert_close(stage.signal(error, h, 0.5), 0.5 * expected)
+    torch.testing.assert_close(stage.error_signal(error, h, 0.5), 0.5 * expected)
 
 
 # --- Block as a stage -------------------------------------------------------------------------------------------------
@@ -280,11 +279,11 @@ def test_one_forward_pass_a_step(method: str) -> None:
 def test_dropout_drops_the_same_in_both_directions() -> None:
     torch.manual_seed(0)
     block = f3.Block(nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5)))
-    updater = Updater(f3.SGD(lr=1.0), list(block.parameters()), eager, torch.device("cpu"))
-    updater.next_step(1.0)
+    updater = Updater(block, Arithmetic(f3.SGD(lr=1.0), eager, torch.device("cpu")))
+    step = updater.begin(1.0)
     before = block.module[0].bias.detach().clone()
-    h, kept = block.keep(torch.randn(1, 6), updater)
-    block.finish(kept, torch.ones_like(h), updater)
+    h, kept = block.keep(torch.randn(1, 6), step)
+    block.finish(kept, torch.ones_like(h), step)
     moved = (block.module[0].bias != before).detach()
     assert torch.equal(moved, h[0] != 0)
     assert 10 < moved.sum() < 40

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import f3triton as f3
 from f3triton.error_store.disk.file import FileStore
 from f3triton.run import checkpoint
-from f3triton.run.checkpoint import Checkpoints, moment_tensors, newest, parse_every, read
+from f3triton.run.checkpoint import Checkpoints, newest, parse_every, read
+from f3triton.run.state import fill
 
 
 class Killed(BaseException):
@@ -57,7 +58,7 @@ def make(**choices: object) -> f3.Trainer:
 
 def digest(trainer: f3.Trainer) -> dict[str, str]:
     """SHA-256 of weights, moments, errors and records."""
-    store = getattr(trainer.learner, "store", None)
+    store = trainer.learner.store
     if isinstance(store, FileStore):  # closed by now: its last generation
         last = max(store.folder.glob("errors-*.f3e"))
         errors = {"": torch.frombuffer(bytearray(last.read_bytes()), dtype=torch.uint8)}
@@ -65,7 +66,7 @@ def digest(trainer: f3.Trainer) -> dict[str, str]:
         errors = {} if store is None else store.state()
     parts = {
         "weights": trainer.model.state_dict(),
-        "moments": moment_tensors(trainer.learner, trainer.model),
+        "moments": trainer.learner.state(),
         "errors": errors,
     }
     found = {
@@ -381,3 +382,35 @@ def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path: Path) -> None:
     trainer = f3.Trainer(f3.models.MLP([64, 16, 10]), device="cpu", seed=2, window=40, visits=2, batch_size=20)
     with pytest.raises(f3.InputError, match=r"data was .*'shuffle_buffer': 200"):
         trainer.fit(train, 4, test, resume=newest(tmp_path, print))
+
+
+def test_a_step_count_of_older_versions_is_read() -> None:
+    """It was a float32."""
+    step = torch.zeros((), dtype=torch.int64)
+    fill({"": step}, {"": torch.tensor(12345.0)}, "moments")
+    assert int(step) == 12345
+    with pytest.raises(f3.InputError, match="moments of the checkpoint do not fit: "):
+        fill({"": step}, {"": torch.zeros(2)}, "moments")
+
+
+def with_feedback(*laws: f3.Feedback) -> f3.Trainer:
+    torch.manual_seed(0)
+    model = f3.models.MLP([6, 5, 5, 5, 3], feedback=laws)
+    return f3.Trainer(model, device="cpu", lr_schedule="constant", batch_size=8)
+
+
+def test_feedback_of_other_stages_is_refused(tmp_path: Path) -> None:
+    """Which stage has which law, and how often; a checkpoint of older versions names a law once that all stages have."""
+    one, three = f3.Feedback("trinomial"), f3.Feedback("trinomial", scale=3.0)
+    x, y = torch.randn(24, 6), torch.arange(24) % 3
+    with_feedback(one, one, three).fit((x, y), 1, checkpoints=Checkpoints(tmp_path / "two", 1))
+    snapshot = newest(tmp_path / "two", print)
+    with pytest.raises(f3.InputError, match="cannot resume from a checkpoint of another run: feedback was"):
+        with_feedback(one, three, three).fit((x, y), 2, resume=snapshot)
+    with_feedback(one, one, three).fit((x, y), 2, resume=snapshot)
+    with_feedback(one, one, one).fit((x, y), 1, checkpoints=Checkpoints(tmp_path / "one", 1))
+    older = newest(tmp_path / "one", print)
+    older.state["settings"]["feedback"] = older.state["settings"]["feedback"][:1]
+    with_feedback(one, one, one).fit((x, y), 2, resume=older)
+    with pytest.raises(f3.InputError, match="feedback was"):
+        with_feedback(one, one, three).fit((x, y), 2, resume=older)

@@ -28,8 +28,8 @@ import f3triton as f3
 from f3triton.base import faults
 from f3triton.error_store.disk.file import STORE_LABELS, FileStore
 from f3triton.error_store.disk.format import Generation, check_file, rows_file
-from f3triton.run.checkpoint import CHECKPOINT_LABELS, Checkpoints, moment_tensors, newest
-from f3triton.run.state import RunState
+from f3triton.run.checkpoint import CHECKPOINT_LABELS, Checkpoints, newest
+from f3triton.run.state import Keeper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -66,11 +66,11 @@ def train(folder: Path, home: str = "file", data: str = "tensors", keep: int = 2
         own = {"batches": lambda epoch: orders[epoch]}
     made = Checkpoints(folder / "checkpoints", 5, keep=keep)
     trainer.fit(train_set, 8, test_set, checkpoints=made, resume=snapshot, **own)
-    parts = {"weights": model.state_dict(), "moments": moment_tensors(trainer.learner, model), "errors": {}}
+    parts = {"weights": model.state_dict(), "moments": trainer.learner.state(), "errors": {}}
     if home == "file":
         rows = max((folder / "errors").glob("errors-*.f3e")).read_bytes()
         parts["errors"] = {"": torch.frombuffer(bytearray(rows), dtype=torch.uint8)}
-    elif getattr(trainer.learner, "store", None) is not None:
+    elif trainer.learner.store is not None:
         parts["errors"] = trainer.learner.store.state()
     found = {
         name: hashlib.sha256(
@@ -251,22 +251,21 @@ def test_a_damaged_checkpoint_after_a_resumption(tmp_path: Path) -> None:
 def test_the_harness_notices_a_broken_resumption(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a part of the run deliberately not restored, what comes out is another run: the comparison can fail."""
     expected = whole(tmp_path / "whole", home="memory")
-    original = RunState.restore
+    original = Keeper.restore
 
-    def restore(self: RunState, snapshot: object) -> object:
-        epoch, tally = original(self, snapshot)
-        learner = self.trainer.learner
+    def restore(self: Keeper, snapshot: object) -> None:
+        original(self, snapshot)
+        learner, tally = self.parts["moments"].learner, self.parts["tally"]
         if broken == "errors":
             learner.store.encoded.zero_()
         elif broken == "moments":
-            next(iter(learner.updater._moments.values()))[0].zero_()
+            next(iter(learner.updater.states.values())).moments[0].zero_()
         elif broken == "step":
             learner.updater.step.add_(1)
         else:
             tally.batches -= 1  # a batch is learnt from twice
-        return epoch, tally
 
-    monkeypatch.setattr(RunState, "restore", restore)
+    monkeypatch.setattr(Keeper, "restore", restore)
     found, kills = resumed(tmp_path / "killed", [(at("checkpoint:complete", 2), None)], home="memory")
     assert kills == 1
     assert found != expected
@@ -310,6 +309,6 @@ def test_the_harness_notices_a_manifest_before_the_data(tmp_path: Path, monkeypa
 
 def test_the_harness_notices_generations_that_are_dropped_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that keeps what the next epoch reads, and not what a checkpoint would."""
-    monkeypatch.setattr(RunState, "release", lambda self, store: store.release(store.epoch))
+    monkeypatch.setattr(Keeper, "release", lambda self: self.store and self.store.release(self.store.epoch))
     with pytest.raises(AssertionError, match="cannot go to epoch 1; it keeps the rows of epochs: 1"):
         resumed(tmp_path / "killed", [(at("store:released", 1), None)])

@@ -102,7 +102,7 @@ def test_broken_files(tmp_path, name, content, part):
     (tmp_path / "folder" / name.replace("bad", "train")).write_bytes(content)
     message = fails("folder")
     assert "'folder'" in message
-    if name.startswith("bad"):
+    if name in ("bad.csv", "bad.json"):  # a parquet file only by newer versions of datasets
         assert f"file '{name.replace('bad', 'train')}'" in message
 
 
@@ -110,7 +110,9 @@ def test_files_that_differ_in_columns(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.csv").write_text("x,label\n1,0\n2,1\n")
     (tmp_path / "folder" / "test.csv").write_text("z,label\n1,0\n")
-    assert "its files differ in columns: there are 1 new columns ({'z'})" in fails("folder")
+    message = fails("folder")
+    assert "data set 'folder' cannot be read: its files differ in columns" in message
+    assert "'z'" in message
 
 
 def test_options_that_do_not_apply(tmp_path):
@@ -171,7 +173,7 @@ class TestHub:
         (tmp_path / "there" / "something").mkdir(parents=True)
         datasets.Dataset.from_dict(COLUMNS).to_csv(tmp_path / "there" / "something" / "train.csv")
         load_dataset("there/something")
-        (cached,) = (tmp_path / "hf" / "something").glob("*/*/*/")
+        (cached,) = (path for path in (tmp_path / "hf" / "something").glob("*/*/*") if path.is_dir())
         commit = "0123456789abcdef" * 2 + "01234567"
         cached.rename(cached.with_name(commit))
         answer(ConnectionError("no route to host"))

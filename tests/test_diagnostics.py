@@ -127,6 +127,6 @@ def test_text_and_errors_of_lower_rank(tmp_path: Path) -> None:
         assert all(stage["rank"] <= 6 for stage in last["stages"][:-1])
     trainer, diagnostics = run(mlp(20), error_rank=2)
     assert all(stage["rank"] <= 2 + 1e-6 for stage in diagnostics.records[-1]["stages"][:-1])
-    matrix = trainer.learner.projection @ trainer.model[0].feedback_matrix
+    matrix = trainer.learner.signal.projection @ trainer.model[0].feedback_matrix
     found = angle(-matrix.flatten(), trainer.model[1].weight.detach().flatten())
     assert diagnostics.records[-1]["stages"][0]["weights_angle"] == pytest.approx(found)

@@ -20,7 +20,7 @@ from test_trainer import mlp, problem, train, weights
 
 import f3triton as f3
 from f3triton.base import faults
-from f3triton.error_store import ErrorStore, FileStore, MemoryStore, Rows, make_codec, remove_store
+from f3triton.error_store import ErrorStore, FileStore, MemoryStore, Rows, make_codec, make_store, remove_store
 from f3triton.error_store.disk import ahead
 from f3triton.error_store.disk.file import STORE_LABELS
 from f3triton.error_store.disk.format import ROWS_AT, read_manifest, verify
@@ -62,7 +62,7 @@ def _no_hook() -> Iterator[None]:
 
 @pytest.mark.parametrize("word", ["float32", "float16", "bfloat16", "int8", "ternary", "top-2"])
 def test_equal_to_memory(word: str, tmp_path: Path) -> None:
-    file, memory = ErrorStore.create(tmp_path / "store", spec(word)), ErrorStore.create("memory", spec(word))
+    file, memory = make_store(tmp_path / "store", spec(word)), make_store("memory", spec(word))
     assert isinstance(file, FileStore)
     assert isinstance(memory, MemoryStore)
     for epoch, missing in enumerate((0, 5, 0, SAMPLES, 1)):
@@ -71,7 +71,7 @@ def test_equal_to_memory(word: str, tmp_path: Path) -> None:
         file.release(file.epoch)
         assert torch.equal(file.rows, memory.rows)
     file.close()
-    opened = ErrorStore.open(tmp_path / "store", spec(word))
+    opened = FileStore.open(tmp_path / "store", spec(word))
     assert opened.epoch == 5
     assert torch.equal(opened.rows, memory.rows)
     visit([opened, memory], 6)

@@ -69,7 +69,7 @@ def trained(model: f3.Sequential, meta: dict, tensors: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.skipif(not MLP_FILES, reason="the golden trajectories are not here")
-@pytest.mark.parametrize("path", MLP_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MLP_FILES, ids=lambda path: getattr(path, "stem", "none"))
 def test_mlp_trajectory(path: Path) -> None:
     meta, tensors = read(path)
     names = sorted({key.removeprefix("init.").rsplit(".", 1)[0] for key in tensors if key.startswith("init.")}, key=position)
@@ -104,7 +104,7 @@ VIT_NAMES = {
 
 
 @pytest.mark.skipif(not VIT_FILES, reason="the golden trajectories are not here")
-@pytest.mark.parametrize("path", VIT_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", VIT_FILES, ids=lambda path: getattr(path, "stem", "none"))
 def test_vit_trajectory(path: Path) -> None:
     meta, tensors = read(path)
     feedback = [tensors[f"init.model.layers.{n}.feedback_weight"] for n in (1, 3, 5)]

@@ -174,20 +174,20 @@ def test_windows_of_text(data, window: int) -> None:
 
 def test_dropout_masks_what_is_learned() -> None:
     from f3triton.models.gpt import TokenEmbedding
-    from f3triton.network.updater import Updater
+    from f3triton.network.updater import Arithmetic, Updater
 
     stage = TokenEmbedding(5, 3, 4, 0.5, torch.eye(5, 4), "shared").double()
     stage.prepare(torch.zeros(1, 3, dtype=torch.int64), 5, 0, 3)
     ids, error = torch.tensor([[0, 1, 0]]), torch.ones(3, 5, dtype=torch.float64)
     before = stage.weight.detach().clone()
-    updater = Updater(f3.SGD(lr=1.0), list(stage.parameters()), f3.kernels.eager, torch.device("cpu"))
+    step = Updater(stage, Arithmetic(f3.SGD(lr=1.0), f3.kernels.eager, torch.device("cpu"))).begin(1.0)
     torch.manual_seed(0)
     with torch.no_grad():
-        h, kept = stage.keep(ids, updater)
+        h, kept = stage.keep(ids, step)
         mask = kept[2]
         assert set(mask.unique().tolist()) == {0.0, 2.0}
         torch.testing.assert_close(h, (before[ids] + stage.position) * mask)
-        stage.teach(kept, error, updater, 1.0)
+        stage.teach(kept, error, step)
     moved = before - stage.weight  # the sum of the signals at a token's places
     torch.testing.assert_close(moved[0], mask[0, 0] + mask[0, 2])
     torch.testing.assert_close(moved[1], mask[0, 1])

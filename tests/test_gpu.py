@@ -48,7 +48,7 @@ def test_the_kernels_pass_their_check_on_this_device() -> None:
 
 def test_more_than_two_to_the_31_elements() -> None:
     """A weight of 2^31 + 2^16 elements; its last rows are those that 32-bit offsets would miss."""
-    from f3triton.kernels import SGD
+    from f3triton.kernels import SGD, State, Update
     from f3triton.kernels.gpu import ops as triton_ops
 
     inputs = 1 << 16
@@ -62,7 +62,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     weight[-1, -1] = 3
     error, feedback = torch.ones(16, 2, device="cuda"), torch.zeros(2, outputs, device="cuda")
     feedback[:, -1] = 1
-    h = triton_ops.linear_step_(x, weight, None, error, feedback, SGD(), (), (), 0.5, 1)
+    h = triton_ops.linear_step_(x, weight, None, error, feedback, State(()), None, Update(SGD(), 0.5, 1))
     assert torch.equal(h[:, -1], torch.full((16,), 3.0, device="cuda"))
     assert float(weight[-1, -1]) == 3 - 0.5 * 16 * 2
     assert int(weight.count_nonzero()) == 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
+
+import f3triton as f3
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,3 +41,16 @@ def test_every_result_has_the_one_form() -> None:
         for row in content["rows"]:
             assert {"part", "method", "x", "x_name", "metric", "median", "p20", "p80", "n"} <= row.keys(), path.name
             assert row["p20"] <= row["median"] <= row["p80"], path.name
+
+
+def test_what_the_examples_import_is_there() -> None:
+    from bench.report import documents
+
+    for path in documents():
+        for example in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for node in ast.walk(ast.parse(example)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("f3triton"):
+                    if not node.module.endswith("gpu") or importlib.util.find_spec("triton"):
+                        exec(compile(ast.Module([node], []), path.name, "exec"), {})
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "f3":
+                    assert hasattr(f3, node.attr), f"{path.name}: no f3.{node.attr}"

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_train_script import main
 
 from f3triton.base.exceptions import InputError
 from f3triton.recipes import open_data, read_recipe, recipe_names
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train
+from f3triton.run.options import make_parser, parse
 
 ROWS = 60
 
@@ -55,16 +53,16 @@ def made_up(schema: dict[str, str], header: bool, folder: Path) -> Path:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_run_is_made_of_options_that_exist(name: str) -> None:
     recipe = read_recipe(name)
-    options = {action.dest: action for action in train.make_parser()._actions}
+    options = {action.dest: action for action in make_parser()._actions}
     assert set(recipe.published) <= set(recipe.runs)
     for run in [None, *recipe.runs]:
         for key, value in recipe.options_of(run).items():
             assert key in options, f"{run}: {key}"
             allowed = options[key].choices
             assert allowed is None or value in allowed, f"{run}: {key} = {value!r}"
-        parsed = train.parse(["--recipe", f"{name}/{run}" if run else name])
+        parsed = parse(["--recipe", f"{name}/{run}" if run else name])
         assert all(isinstance(size, int) for size in parsed.hidden or [])
-    assert train.parse(["--recipe", name, "--lr", "0.5"]).lr == 0.5
+    assert parse(["--recipe", name, "--lr", "0.5"]).lr == 0.5
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -75,17 +73,17 @@ def test_trains_on_rows_of_its_schema(name: str, tmp_path: Path) -> None:
     arguments = ["--recipe", f"{name}/{run}", "--dataset", str(data), "--epochs", "1", "--quiet", "--device", "cpu"]
     if recipe.options["model"] == "mlp":
         arguments += ["--hidden", "8"]
-    assert train.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 0
+    assert main([*arguments, "--output-dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["epochs"] == 1
     assert summary["task"] == recipe.options.get("task", "classification")
-    assert train.main(["--evaluate", str(tmp_path / "run"), "--quiet"]) == 0
+    assert main(["--evaluate", str(tmp_path / "run"), "--quiet"]) == 0
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert train.main(["--recipe", "mnist/nothing"]) == 2
+    assert main(["--recipe", "mnist/nothing"]) == 2
     assert "has no run 'nothing'" in capsys.readouterr().err
-    assert train.main(["--recipe", "sgemm"]) == 2
+    assert main(["--recipe", "sgemm"]) == 2
     assert "needs its data: sgemm_product.csv" in capsys.readouterr().err
     short = tmp_path / "short.csv"
     short.write_text("1,2,3\n4,5,6\n")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from f3triton.kernels import SGD, Adam, AdamW, eager, new_moments, reference
 from torch.nn import functional
+
+from f3triton.kernels import SGD, Adam, AdamW, State, Update, eager, new_state, reference
+from f3triton.kernels.rounding import parameter_seed
 
 ACTIVATIONS = reference.ACTIVATIONS
 TORCH_ACTIVATIONS = {
@@ -71,12 +75,12 @@ def test_rules_are_those_of_torch_optim(name: str, ops: object) -> None:
     else:
         kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
         optimizer = kind([theirs], betas=rule.betas, eps=rule.eps, **settings)
-    moments = new_moments(ours, rule)
+    state = new_state(ours, rule)
     for step in range(1, 8):
         theirs.grad = random(6, 5, seed=10 + step)
         lr = rule.lr / step
         optimizer.param_groups[0]["lr"] = lr
-        ops.update_(ours, theirs.grad.clone(), moments, rule, lr, step)
+        ops.update_(ours, theirs.grad.clone(), state, Update(rule, lr, step))
         optimizer.step()
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-13)
 
@@ -89,10 +93,10 @@ def test_eager_step_equals_reference(rule: object, bias: bool) -> None:
     states = []
     for ops in (reference, eager):
         w, own = weight.clone(), None if b is None else b.clone()
-        moments = new_moments(w, rule), () if own is None else new_moments(own, rule)
+        kept = new_state(w, rule), None if own is None else new_state(own, rule)
         for step in (1, 2, 3):
-            h = ops.linear_step_(x, w, own, error, feedback, rule, *moments, rule.lr, step, "tanh", 0.1)
-        states.append([h, w, *([] if own is None else [own]), *moments[0], *moments[1]])
+            h = ops.linear_step_(x, w, own, error, feedback, *kept, Update(rule, rule.lr, step), "tanh", 0.1)
+        states.append([h, w, *kept[0].moments, *([] if own is None else [own, *kept[1].moments])])
     for got, wanted in zip(states[1], states[0], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
 
@@ -111,14 +115,23 @@ def test_eager_forward_equals_reference(activation: str, dtype: torch.dtype) -> 
         torch.testing.assert_close(eager.linear_forward(x, weight, bias, activation), got[0])
 
 
+def test_eager_products_are_torchs_own_at_every_size() -> None:
+    """One way for all sizes, bit for bit that of plain torch: a choice by size or by processor would show in results."""
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in ((20, 30), (784, 500)):
+        x, weight = torch.randn(50, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+        bias = torch.randn(outputs, generator=generator)
+        assert torch.equal(eager.linear_forward(x, weight, bias, "tanh"), torch.addmm(bias, x, weight.t()).tanh())
+
+
 def test_large_weight_is_updated_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, error, feedback = case(50, 64, 33, 10)
     ends = []
     for scratch in (1 << 20, 64 * 7):  # all rows at once; seven rows at a time, with a ragged last part
         monkeypatch.setattr(eager, "SCRATCH", scratch)
         w, b, rule = weight.clone(), bias.clone(), Adam(lr=0.1)
-        moments = new_moments(w, rule), new_moments(b, rule)
-        eager.linear_step_(x, w, b, error, feedback, rule, *moments, 0.1, 1, "relu")
+        states = new_state(w, rule), new_state(b, rule)
+        eager.linear_step_(x, w, b, error, feedback, *states, Update(rule, 0.1, 1), "relu")
         ends.append((w, b))
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
@@ -129,7 +142,7 @@ def test_backward_update_uses_the_old_weight() -> None:
     delta = random(9, 5, seed=8)
     for ops in (reference, eager):
         w, b = weight.clone(), bias.clone()
-        dx = ops.linear_backward_update_(w, b, delta, x, SGD(lr=0.5), (), (), 0.5, 1)
+        dx = ops.linear_backward_update_(w, b, delta, x, State(()), State(()), Update(SGD(), 0.5, 1))
         torch.testing.assert_close(dx, delta @ weight)
         torch.testing.assert_close(w, weight - 0.5 * delta.T @ x)
         torch.testing.assert_close(b, bias - 0.5 * delta.sum(0))
@@ -193,15 +206,80 @@ def test_eager_output_step_equals_reference(loss: str, link: str, source: str) -
     for targets in (target_for(loss, 12, 5), random(12, 5, seed=9).sigmoid()):  # one-hot or real; soft
         a = random(12, 5) * 3
         got, wanted = (ops.output_step(a, targets, loss, source, link) for ops in (eager, reference))
-        for ours, theirs in zip(got, wanted, strict=True):
+        for ours, theirs in zip(got[:2], wanted[:2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert got[2] is None
+        losses, hits = wanted[2]
+        torch.testing.assert_close(losses.mean(), reference.loss_of(a, targets, loss))
+        assert torch.equal(hits, a.argmax(-1) == targets.argmax(-1))
 
 
 @pytest.mark.parametrize("loss", ["bce", "cross-entropy"])
 def test_a_confident_output_keeps_loss_and_gradient_finite(loss: str) -> None:
     a = torch.tensor([[200.0, -200.0]])
     target = torch.tensor([[0.0, 1.0]])
-    value, correct, gradient, error = eager.output_step(a, target, loss, "delayed-error")
-    assert torch.isfinite(torch.stack([value, *gradient.flatten(), *error.flatten()])).all()
-    assert float(value) == pytest.approx({"bce": 200, "cross-entropy": 400}[loss])
-    assert int(correct) == 0
+    for ops in (eager, reference):
+        gradient, error, figures = ops.output_step(a, target, loss, "delayed-error")
+        assert torch.isfinite(torch.cat([gradient, error])).all()
+    losses, hits = figures
+    assert losses.tolist() == pytest.approx({"bce": [200], "cross-entropy": [400]}[loss])
+    assert hits.tolist() == [False]
+
+
+# --- what a long or a diverged run needs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ops", [reference, eager], ids=["reference", "eager"])
+def test_rounding_still_draws_beyond_two_to_the_24_steps(ops: object) -> None:
+    """A counter in float32 would stand still there, and with it the bits: the same few weights would be rounded up for ever."""
+    step, rule = torch.tensor(2**24 - 1), SGD()
+    weight = torch.ones(400, dtype=torch.bfloat16)
+    state, gradient, ends = new_state(weight, rule, place=3), torch.full((400,), -(2.0**-11)), []
+    for _ in range(64):  # by a sixteenth of the distance to the next bfloat16
+        step.add_(1)
+        ops.update_(weight, gradient, state, Update(rule, 1.0, step, seed=7))
+        ends.append(weight.clone())
+    assert int(step) > 2**24
+    assert not torch.equal(ends[0], ends[1])
+    moved = float((weight > 1).float().mean())
+    assert moved > 0.9  # all but (15/16)^64 = 1.6 %
+    again = torch.ones(400, dtype=torch.bfloat16)
+    ops.update_(again, gradient, new_state(again, rule, place=3), Update(rule, 1.0, 2**24, seed=7))
+    assert torch.equal(again, ends[0])  # the step as a number
+
+
+@pytest.mark.parametrize("ops", [reference, eager], ids=["reference", "eager"])
+def test_adam_counts_beyond_two_to_the_24_steps(ops: object) -> None:
+    rule = Adam(betas=(0.9, 1 - 1e-9))  # whose correction is not over by then
+    for step in (2**24, 2**24 + 1, 2**26):
+        ends = []
+        for dtype, count in ((torch.float64, step), (torch.float32, torch.tensor(step))):
+            weight = torch.ones(3, dtype=dtype)
+            ops.update_(weight, torch.full_like(weight, 0.25), new_state(weight, rule), Update(rule, 0.1, count))
+            ends.append(weight.double())
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=0)
+
+
+def test_parameters_and_seeds_draw_bits_of_their_own() -> None:
+    seeds = {parameter_seed(seed, place) for seed in (0, 1, 2**32, 2**62 + 1) for place in range(1000)}
+    assert len(seeds) == 4000
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    rule, ends = SGD(), []
+    for seed, place in ((7, 0), (7, 1), (8, 0)):
+        weight = torch.ones(400, dtype=torch.bfloat16)
+        eager.update_(weight, torch.full((400,), -(2.0**-8)), new_state(weight, rule, place), Update(rule, 1.0, 1, seed))
+        ends.append(weight)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(ends, 2))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_a_number_stays_so(activation: str) -> None:
+    """Or a diverged run would look healthy."""
+    x = torch.tensor([[float("nan")], [1.0]])
+    for ops in (reference, eager):
+        h, delta = ops.linear_forward(x, torch.ones(2, 1), None, activation, torch.ones(2, 1), torch.ones(1, 2))
+        assert h[0].isnan().all()
+        assert h[1].isfinite().all()
+        assert delta[1].isfinite().all()
+        # the slope of a step at NaN is torch's, 1
+        assert torch.equal(delta[0], torch.ones(2)) if activation in ("identity", "relu") else delta[0].isnan().all()

@@ -20,7 +20,7 @@ import f3triton as f3
 from f3triton.data import streams
 from f3triton.data.identity import identity
 from f3triton.data.streams import Source, StreamDataset, StreamReader
-from f3triton.visits.streams import StreamOrder, StreamView
+from f3triton.visits.streams import StreamOrder, StreamWindows
 from f3triton.visits.windows import Windows, steps_per_epoch
 
 ROWS = 230
@@ -56,15 +56,16 @@ def ids(data: f3.Dataset, inputs: torch.Tensor) -> list[int]:
 
 def visits(data: StreamDataset, windows: Windows, epochs: int, batch: int = 8, skip: int = 0, state: object = None) -> list:
     """The rows of every batch after the first `skip` steps, and the view."""
-    view = StreamView(data, windows, 0, torch.device("cpu"))
+    view = StreamWindows(data, windows, 0, torch.device("cpu"))
     view.restore(state)
     order = StreamOrder(len(data), batch, windows, 0)
     out = []
     try:
         for epoch in range(skip // order.steps_per_epoch, epochs):
             first = skip % order.steps_per_epoch if epoch == skip // order.steps_per_epoch else 0
-            for index in order.batches(epoch, None, view, first):
-                out.append(ids(data, view.fetch(index, torch.float64)))
+            for visit in order.visits(epoch, first):
+                view.load(visit.window)
+                out.append(ids(data, view.fetch(visit.index, torch.float64)))
     finally:
         view.close()
     return out
@@ -156,11 +157,12 @@ def test_a_run_goes_on_from_any_step(tmp_path: Path) -> None:
     data, _ = f3.stream_dataset(write(tmp_path, "csv"), shuffle_buffer=70, statistics_rows=50)
     windows = Windows(20, 3)
     whole = visits(data, windows, 6)
-    view = StreamView(data, windows, 0, torch.device("cpu"))
+    view = StreamWindows(data, windows, 0, torch.device("cpu"))
     order = StreamOrder(len(data), 8, windows, 0)
     step = 0
     for epoch in range(6):
-        for _ in order.batches(epoch, None, view):
+        for visit in order.visits(epoch):
+            view.load(visit.window)
             step += 1
             if step % 31 == 0:
                 state = json.loads(json.dumps(view.state()))
@@ -173,8 +175,8 @@ def test_a_run_goes_on_from_any_step(tmp_path: Path) -> None:
 def test_a_stream_that_changed_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path, "csv")
     data, _ = f3.stream_dataset(path, shuffle_buffer=70, statistics_rows=50)
-    view = StreamView(data, Windows(20, 3), 0, torch.device("cpu"))
-    view.enter(0, 4)
+    view = StreamWindows(data, Windows(20, 3), 0, torch.device("cpu"))
+    view.load((0, 4))
     state = view.state()
     view.close()
     text = path.read_text().splitlines()
@@ -201,10 +203,10 @@ def test_rows_are_read_a_buffer_ahead_and_no_more() -> None:
     data, test = f3.stream_dataset(source, statistics_rows=30, shuffle_buffer=50, max_train_samples=1000)
     assert (len(data), len(test)) == (1000, 20)
     assert max(read) < 30 + 2 * 17
-    view = StreamView(data, Windows(25, 2), 0, torch.device("cpu"), passes=1)
+    view = StreamWindows(data, Windows(25, 2), 0, torch.device("cpu"), passes=1)
     for window in range(40):
         read.clear()
-        view.enter(0, window)
+        view.load((0, window))
         if view._next is not None:
             view._next.result()
         buffers = min(window // 2 + 2, 20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,18 +17,19 @@ import torch
 from PIL import Image
 
 import f3triton as f3
+from f3triton.run.options import from_json, make_parser, make_settings, parse, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
+from train import main  # noqa: E402
 
 FAST = ["--hidden", "16", "--epochs", "2"]
 
 
 def run(*arguments: object) -> int:
     try:
-        return train.main([str(argument) for argument in arguments])
+        return main([str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -322,11 +324,41 @@ def test_quiet_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_help_is_grouped_and_shows_defaults() -> None:
-    text = train.make_parser().format_help()
+    text = make_parser().format_help()
+    assert text.startswith("usage: train.py [options]\n\nTrain a neural network")
     for group in ("data:", "model:", "method:", "training:", "run:"):
         assert f"\n{group}" in text
     assert "default: tanh" in text
     assert "(default: None)" not in text
+
+
+def test_every_help_text_is_understood_alone() -> None:
+    helps = {action.option_strings[-1]: action.help for action in make_parser()._actions}
+    assert not {option: text for option, text in helps.items() if re.match(r"(of|that|its|also|likewise|default)\b", text)}
+
+
+def test_options_are_derived_from_the_settings() -> None:
+    assert make_settings(parse([])) == f3.Settings()
+    words = ["--loss=mse", "--optimizer=sgd", "--momentum=0.5", "--nesterov", "--window=99", "--visits=3", "--hidden-scale=0.5"]
+    wanted = f3.Settings(
+        loss="mse", optimizer="sgd", momentum=0.5, nesterov=True, window=99, visits=3, hidden_scale=0.5, mask_target=True
+    )
+    options = parse([*words, "--mask-target"])
+    assert make_settings(options) == wanted
+    assert make_settings(from_json(json.loads(json.dumps(to_json(options))))) == wanted
+
+
+def test_nothing_imports_the_script() -> None:
+    pattern = re.compile(r"^\s*(import train\b|from train import)", re.MULTILINE)
+    files = [*ROOT.glob("bench/**/*.py"), *ROOT.glob("f3triton/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+    assert len(files) > 50
+    assert not [path for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_library_imports_neither_datasets_nor_matplotlib() -> None:
+    code = "import sys, f3triton; print([name for name in ('datasets', 'matplotlib', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -354,8 +386,8 @@ def test_help_is_grouped_and_shows_defaults() -> None:
 def test_other_networks_and_back_again(arguments: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     common = ["--epochs", "2", "--max-train-samples", "200", "--quiet", "--output-dir", str(run_dir)]
-    assert train.main([*arguments, *common]) == 0
-    assert train.main(["--evaluate", str(run_dir)]) == 0
+    assert main([*arguments, *common]) == 0
+    assert main(["--evaluate", str(run_dir)]) == 0
     summary = json.loads((run_dir / "summary.json").read_text())
     _, test = f3.load_dataset("digits")
     assert f3.load(run_dir)(test.inputs[:5].view(5, 1, 8, 8)).shape == (5, 10)
@@ -365,7 +397,7 @@ def test_other_networks_and_back_again(arguments: list[str], tmp_path: Path) -> 
 @pytest.mark.parametrize("model", ["vit --patch-size 4", "vit --patch-size 4 --granularity layer", "convnet", "mlp"])
 def test_dry_run_of_every_network(model: str, capsys: pytest.CaptureFixture) -> None:
     for method in ("f3", "bp", "dfa"):
-        assert train.main(["--model", *model.split(), "--method", method, "--dry-run"]) == 0
+        assert main(["--model", *model.split(), "--method", method, "--dry-run"]) == 0
     assert "activations" in capsys.readouterr().out
 
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from f3triton.kernels import eager
 from torch import nn
 
 import f3triton as f3
+from f3triton.kernels import eager
 from f3triton.learn import step as engine
 from f3triton.learn.cuda_graph import GraphedStep
 from f3triton.run.schedule import make_schedule
@@ -185,8 +185,7 @@ def test_a_graphed_step_is_the_step(settings: dict, monkeypatch: pytest.MonkeyPa
     """What is captured on CUDA runs here as it is: the same tensors, read and written in place, and a short last batch."""
     plain = train(mlp(), **settings)
     calls = []
-    for module in ("learn.step", "run.tally"):
-        monkeypatch.setattr(f"f3triton.{module}.KEPT_OUTPUTS", 60)  # few slots, so that they are used again
+    monkeypatch.setattr("f3triton.run.tally.KEPT_OUTPUTS", 60)  # few slots, so that they are used again
     original = f3.Trainer.__init__
 
     def with_graph(self: f3.Trainer, *arguments: object, **given: object) -> None:

@@ -12,6 +12,7 @@ from test_trainer import mlp, problem, train, weights
 from torch import nn
 
 import f3triton as f3
+from f3triton.base.data import Visit
 from f3triton.visits.windows import WindowOrder, Windows, resolve_windows, steps_per_epoch
 
 OWN = {"window": 24, "visits": 3}
@@ -20,7 +21,7 @@ OWN = {"window": 24, "visits": 3}
 def order(samples: int, batch: int, windows: Windows, epochs: int, seed: int = 0) -> list[list[torch.Tensor]]:
     """The batches of every epoch, as sample indices."""
     windowed = WindowOrder(samples, batch, windows, seed)
-    return [list(windowed.batches(epoch, None, None)) for epoch in range(epochs)]
+    return [[visit.index for visit in windowed.visits(epoch)] for epoch in range(epochs)]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +51,29 @@ def test_every_window_is_visited_so_many_times_in_a_row(samples: int, batch: int
 def test_an_order_can_be_entered_anywhere() -> None:
     windowed = WindowOrder(61, 7, Windows(20, 3), 0)
     for epoch in range(4):
-        whole = [index.tolist() for index in windowed.batches(epoch, None, None)]
+        whole = [described(visit) for visit in windowed.visits(epoch)]
         for skip in range(len(whole) + 1):
-            assert [index.tolist() for index in windowed.batches(epoch, None, None, skip)] == whole[skip:]
+            assert [described(visit) for visit in windowed.visits(epoch, skip)] == whole[skip:]
+
+
+def described(visit: Visit) -> tuple:
+    return visit.index.tolist(), visit.row.tolist(), visit.teach
+
+
+@pytest.mark.parametrize(("first_visit", "teaches"), [("skip", "nothing"), ("target", "target"), ("stale", "signal")])
+def test_what_a_first_visit_teaches_and_where_rows_are(first_visit: str, teaches: str) -> None:
+    windows = Windows(20, 3, first_visit)
+    visits = [visit for epoch in range(3) for visit in WindowOrder(61, 7, windows, 0).visits(epoch)]
+    first = [number % 9 < 3 for number in range(27)] + [True, False, False]  # three batches a visit, and one of the last window
+    assert [visit.teach for visit in visits] == [teaches if is_first else "signal" for is_first in first]
+    for visit in visits:
+        if windows.local:
+            assert int(visit.row.max()) < 20
+        else:
+            assert torch.equal(visit.row, visit.index)
+    of_window = {int(i): int(r) for visit in visits[:9] for i, r in zip(visit.index, visit.row, strict=True)}
+    assert sorted(of_window.values()) == (list(range(20)) if windows.local else sorted(of_window))
+    assert {visit.teach for visit in WindowOrder(61, 7, windows, 0, delayed=False).visits(0)} == {"signal"}
 
 
 @pytest.mark.parametrize("first_visit", ["skip", "target", "stale"])
@@ -123,8 +144,8 @@ def test_graphed_steps_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(f3.Trainer, "__init__", with_graph)
     graphed = train(mlp(), **OWN)
-    assert graphed.learner.graphs[True].steps
-    assert graphed.learner.graphs[False].steps
+    assert graphed.learner.graphs["signal"].steps
+    assert graphed.learner.graphs["nothing"].steps
     torch.testing.assert_close(weights(graphed.model), weights(plain.model), rtol=1e-5, atol=1e-7)
 
 

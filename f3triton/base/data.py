@@ -1,11 +1,25 @@
-"""What a data set has to be able to do."""
+"""What a data set has to be able to do, and a visit: a batch of its samples whose turn has come."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Visit(NamedTuple):
+    """A batch of samples whose turn has come. All visits of a run are a pure function of its seed and settings.
+
+    `index [batch]`: the samples, int64, as the data set numbers them; `row [batch]`: their rows in the error store. `teach`
+    is what the hidden stages learn from: the `signal`, the `target` (as a window's first visit may), or `nothing`. Of a
+    stream, `window` says which of its windows the samples are in, (pass, window).
+    """
+
+    index: Tensor
+    row: Tensor
+    teach: str = "signal"
+    window: tuple[int, int] | None = None
 
 
 class Data(Protocol):

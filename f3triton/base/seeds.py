@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,3 +27,21 @@ def derived_seed(*parts: object) -> int:
 def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of the samples in one epoch, `[samples]` int64 on the CPU."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, "order", epoch)))
+
+
+@contextmanager
+def drawing(device: torch.device, *parts: object) -> Iterator[None]:
+    """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
+    else; outside they are as they were."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    seed = derived_seed(*parts)
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

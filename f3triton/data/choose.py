@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..base.exceptions import InputError
-from .columns import IMAGE, PIXELS, UNUSABLE, VECTOR, Rows, is_numeric, kind_of, listed
+from .columns import IMAGE, PIXELS, UNUSABLE, VECTOR, Table, is_numeric, kind_of, listed
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "class")  # looked for in this order, in any case
 ROW_NUMBER_NAMES = ("id", "idx", "index")  # integer columns of these names, all values distinct, are no features
 
 
-def choose_target(rows: Rows, target: str | Sequence[str] | None) -> list[str]:
+def choose_target(rows: Table, target: str | Sequence[str] | None) -> list[str]:
     """The target column, or columns.
 
     Where none is named: the only ClassLabel column (of several, the one with a usual name); else a column with a usual
@@ -45,7 +45,7 @@ def choose_target(rows: Rows, target: str | Sequence[str] | None) -> list[str]:
 
 
 def choose_inputs(
-    rows: Rows, targets: list[str], features: str | Sequence[str] | None, image: str | None
+    rows: Table, targets: list[str], features: str | Sequence[str] | None, image: str | None
 ) -> tuple[str | None, dict[str, str], list[str]]:
     """(image column, or None for a table; table columns with their kinds; notes on the columns left out)."""
     named = None if features is None else split_names(features, rows)
@@ -90,14 +90,14 @@ def choose_inputs(
     return None, table, reject(left_out, named is not None, rows)
 
 
-def reject(left_out: dict[str, str], named: bool, rows: Rows) -> list[str]:
+def reject(left_out: dict[str, str], named: bool, rows: Table) -> list[str]:
     """Notes on columns left out, with the reasons; InputError if the user asked for them by name."""
     for name, reason in left_out.items() if named else ():
         raise InputError(f"column {name!r} of {rows.where} cannot be a feature: {reason}")
     return [f"left out: column {name!r} ({reason})" for name, reason in left_out.items()]
 
 
-def split_names(names: str | Sequence[str], rows: Rows) -> list[str]:
+def split_names(names: str | Sequence[str], rows: Table) -> list[str]:
     """Column names from a list of them, or from one string, separated by commas (unless a column has that very name)."""
     given = [names] if isinstance(names, str) else list(names)
     out = []
@@ -106,7 +106,7 @@ def split_names(names: str | Sequence[str], rows: Rows) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def _image_like(rows: Rows, name: str) -> bool:
+def _image_like(rows: Table, name: str) -> bool:
     import pyarrow as pa
 
     kind = rows.type(name)
@@ -117,7 +117,7 @@ def _ignored(candidates: list[str], image: str) -> list[str]:
     return [f"left out: column {name!r} (beside an image)" for name in candidates if name != image]
 
 
-def _row_numbers(rows: Rows, name: str) -> bool:
+def _row_numbers(rows: Table, name: str) -> bool:
     """Whether a column only numbers the rows: pandas' index written to a file, or integers called id, all distinct."""
     import pyarrow as pa
     import pyarrow.compute as pc

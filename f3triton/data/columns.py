@@ -1,4 +1,4 @@
-"""Rows as arrow columns: what each column is, and how numbers, words and messages are got out of it."""
+"""A table of arrow columns: what each column is, and how numbers, words and messages are got out of it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ UNUSABLE = "unusable"
 
 
 @dataclass
-class Rows:
-    """The rows of one split. `positions` ([n], ascending) picks rows of `table`; None stands for all of them."""
+class Table:
+    """The rows of one split. `picked` (int64 `[n]`, ascending) are those of `table` that count; None stands for all of them."""
 
     table: Any  # pyarrow.Table
     where: str  # for messages: "split 'train'"
     class_names: Mapping[str, list[str]] = field(default_factory=dict)  # of ClassLabel columns
     features: Mapping[str, str] = field(default_factory=dict)  # what `datasets` calls each column: Image, Value, ...
-    positions: np.ndarray | None = None
+    picked: np.ndarray | None = None
 
     @classmethod
-    def from_dataset(cls, dataset: Any, where: str) -> Rows:
+    def from_dataset(cls, dataset: Any, where: str) -> Table:
         """The rows of a `datasets.Dataset`; memory-mapped columns stay so."""
         features = dataset.features
         return cls(
@@ -44,15 +44,15 @@ class Rows:
         return self.table.column_names
 
     def __len__(self) -> int:
-        return self.table.num_rows if self.positions is None else len(self.positions)
+        return self.table.num_rows if self.picked is None else len(self.picked)
 
-    def select(self, positions: np.ndarray) -> Rows:
-        """The rows at `positions` (ascending, counted from the start of the split)."""
-        return replace(self, positions=positions)
+    def select(self, picked: np.ndarray) -> Table:
+        """The rows of the numbers `picked` (ascending, counted from the start of the split)."""
+        return replace(self, picked=picked)
 
     def row(self, index: int) -> str:
-        """How a message names a row: its position in the split as it was read, from 0."""
-        return f"row {index if self.positions is None else self.positions[index]} of {self.where}"
+        """How a message names a row: its number in the split as it was read, from 0."""
+        return f"row {index if self.picked is None else self.picked[index]} of {self.where}"
 
     def require(self, name: str) -> None:
         if name not in self.names:
@@ -81,26 +81,26 @@ class Rows:
         for chunk in self.table.column(name).chunks:
             values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
             end = begin + len(values)
-            if self.positions is None:
+            if self.picked is None:
                 for start in range(0, len(values), size):
                     piece = values.slice(start, size)
                     yield done, piece
                     done += len(piece)
             else:
-                first, last = np.searchsorted(self.positions, (begin, end))
+                first, last = np.searchsorted(self.picked, (begin, end))
                 for start in range(first, last, size):
-                    piece = values.take(pa.array(self.positions[start : min(start + size, last)] - begin))
+                    piece = values.take(pa.array(self.picked[start : min(start + size, last)] - begin))
                     yield done, piece
                     done += len(piece)
             begin = end
 
 
-def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Rows:
-    """Rows from `Rows`, a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset`; columns `names`."""
+def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Table:
+    """The columns `names` of a `Table`, list of dicts, dict of columns, `pandas.DataFrame` or `datasets.Dataset`."""
     import pyarrow as pa
 
-    if isinstance(raw, Rows) or hasattr(raw, "with_format"):
-        rows = raw if isinstance(raw, Rows) else Rows.from_dataset(raw, where)
+    if isinstance(raw, Table) or hasattr(raw, "with_format"):
+        rows = raw if isinstance(raw, Table) else Table.from_dataset(raw, where)
         for name in names:
             rows.require(name)
         return rows
@@ -114,7 +114,7 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Rows
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"columns of {where} differ in length: {lengths}")
-    return Rows(pa.table(columns), where)
+    return Table(pa.table(columns), where)
 
 
 def raw_column(raw: Any, name: str, where: str) -> list:
@@ -140,7 +140,7 @@ def raw_column(raw: Any, name: str, where: str) -> list:
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
-def kind_of(rows: Rows, name: str) -> tuple[str, str]:
+def kind_of(rows: Table, name: str) -> tuple[str, str]:
     """What a column can be used as, and, when that is nothing, why."""
     import pyarrow as pa
 
@@ -184,7 +184,7 @@ def image_layout(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     return None
 
 
-def _extent(rows: Rows, name: str) -> tuple[set[tuple[int, ...]], float, float]:
+def _extent(rows: Table, name: str) -> tuple[set[tuple[int, ...]], float, float]:
     """The shapes that the rows of a list column have (two at most, then it stops), and the least and largest value."""
     shapes: set[tuple[int, ...]] = set()
     low, high = np.inf, -np.inf
@@ -236,7 +236,7 @@ def dense(array: Any) -> np.ndarray:
     return out
 
 
-def numbers(rows: Rows, name: str) -> np.ndarray:
+def numbers(rows: Table, name: str) -> np.ndarray:
     """A column of numbers, booleans or lists of them as float64 `[n, width]`; NaN where a value is missing.
 
     Raises InputError when it holds anything else, or lists of differing lengths.
@@ -255,7 +255,7 @@ def numbers(rows: Rows, name: str) -> np.ndarray:
     return values.reshape(len(rows), int(np.prod(values.shape[1:], dtype=np.int64)))
 
 
-def words(rows: Rows, name: str, codes: tuple[str, ...] = ()) -> Any:
+def words(rows: Table, name: str, codes: tuple[str, ...] = ()) -> Any:
     """A column of words as an arrow array of n strings, null where missing.
 
     Integers are looked up in the column's ClassLabel names, or in `codes`, where there are such (-1: missing);

@@ -1,4 +1,4 @@
-"""Rows held as tensors, each known by its position."""
+"""Rows held as tensors, each known by its number."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .targets import CLASSIFICATION, REGRESSION, Target
 
 
 class Dataset:
-    """N rows of inputs and targets on one device. A row's position, 0 to N - 1, is its stable sample index.
+    """N rows of inputs and targets on one device. A row's number, 0 to N - 1, is its stable sample index.
 
     Attributes:
         name: of the data set, for reports.
         inputs: `[N, K]`, uint8 pixels (channels first, flattened) or float32 columns; from tensors, `[N, ...]` as given.
-        targets: class ids int64 `[N]`, dense class targets float `[N, C]`, or standardised numbers float `[N, T]`.
+        targets: class ids int64 `[N]`, dense class targets or standardised numbers float `[N, C]`.
         preprocessing: how the inputs came about; the training and the test set share it.
         task: `classification` or `regression`.
-        outputs: C classes, or T numbers to predict.
+        outputs: C, classes or numbers to predict.
+        shape: of a row's input, before it was flattened: `(C, H, W)` for images, `(K,)` for tables.
         in_features: inputs of a row, K.
         revision, split: of the source that the rows are from, where it has such.
-        positions: predictions of a row: 1, or as many as a text window has tokens.
+        positions: predictions of a row: 1, or as many as a text window has tokens, T.
     """
 
     positions = 1
@@ -107,6 +108,10 @@ class Dataset:
         return self.preprocessing.target.outputs
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.preprocessing.shape
+
+    @property
     def in_features(self) -> int:
         return math.prod(self.inputs.shape[1:])
 
@@ -131,11 +136,11 @@ class Dataset:
         return Dataset(self.name, inputs, targets, self.preprocessing, self.revision, self.split)
 
     def fetch(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Inputs [M, K] of the rows `index` (int64 [M], on this device), normalised; the host does not wait."""
+        """Inputs `[M, K]` of the rows `index` (int64 `[M]`, on this device), normalised; the host does not wait."""
         return self.preprocessing.normalise(self.inputs.index_select(0, index), dtype)
 
     def one_hot(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense targets of the rows `index`: one-hot classes [M, C], or the numbers to predict [M, T]."""
+        """Dense targets of the rows `index [M]`: one-hot classes, or the numbers to predict, `[M, C]`."""
         rows = self.targets.index_select(0, index)
         if rows.ndim == 2:
             return rows.to(dtype)

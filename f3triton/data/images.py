@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from . import cache
-from .columns import PIXELS, RaggedError, Rows, dense, image_layout, kind_of, one_line
+from .columns import PIXELS, RaggedError, Table, dense, image_layout, kind_of, one_line
 
 DECODER_VERSION = b"1"  # part of the key of cached images: change it when the same bytes are decoded differently
 WORTH_CACHING_SECONDS = 0.5
 
 
-def load_images(rows: Rows, name: str, cached: bool = True) -> Tensor:
+def load_images(rows: Table, name: str, cached: bool = True) -> Tensor:
     """The images of a column, uint8 [n, C, H, W]; C is 1 if all are grey, else 3.
 
     Where `cached`, what took long to decode is kept on disk for the next time.
@@ -44,7 +44,7 @@ def load_images(rows: Rows, name: str, cached: bool = True) -> Tensor:
     return pixels
 
 
-def _decode_all(rows: Rows, name: str) -> Tensor:
+def _decode_all(rows: Table, name: str) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
         return _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name)
@@ -55,7 +55,7 @@ def convert_images(values: Iterable[Any], name: str, where: str = "the rows give
     import pyarrow as pa
 
     values = list(values)
-    rows = Rows(pa.table({name: pa.nulls(len(values))}), where)  # for the messages
+    rows = Table(pa.table({name: pa.nulls(len(values))}), where)  # for the messages
     return _stack((_convert(value, i, rows, name) for i, value in enumerate(values)), rows, name)
 
 
@@ -83,14 +83,14 @@ def channel_moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(mean), tuple(std)
 
 
-def _encoded(rows: Rows, name: str) -> Iterator[bytes]:
+def _encoded(rows: Table, name: str) -> Iterator[bytes]:
     """The encoded image of each row; those of an image folder are read from their files."""
     for start, piece in rows.pieces(name):
         for i, value in enumerate(piece.to_pylist(), start):
             yield _bytes_of(value, i, rows, name)
 
 
-def _bytes_of(value: Any, i: int, rows: Rows, name: str) -> bytes:
+def _bytes_of(value: Any, i: int, rows: Table, name: str) -> bytes:
     data = value if value is None or isinstance(value, bytes) else value.get("bytes")
     if data is None and value is not None and value.get("path"):
         try:
@@ -103,7 +103,7 @@ def _bytes_of(value: Any, i: int, rows: Rows, name: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, i: int, rows: Rows, name: str) -> np.ndarray:
+def _decode(data: bytes, i: int, rows: Table, name: str) -> np.ndarray:
     """One encoded image as uint8 [H, W] or [3, H, W]."""
     import PIL.Image
 
@@ -136,7 +136,7 @@ def _pixels_of(image: Any) -> np.ndarray:
     return pixels.reshape(image.height, image.width, 3).transpose(2, 0, 1)
 
 
-def _pixel_rows(piece: Any, rows: Rows, name: str) -> Iterator[np.ndarray]:
+def _pixel_rows(piece: Any, rows: Table, name: str) -> Iterator[np.ndarray]:
     """The rows of a piece of nested lists as uint8 [H, W] or [C, H, W]."""
     try:
         values = dense(piece)  # [m, ...] float64
@@ -164,7 +164,7 @@ def _pixels_of_array(value: np.ndarray, name: str, where: str) -> np.ndarray:
     return value[0] if value.ndim == 3 and layout[0] == 1 else value
 
 
-def _convert(value: Any, i: int, rows: Rows, name: str) -> np.ndarray:
+def _convert(value: Any, i: int, rows: Table, name: str) -> np.ndarray:
     if value is None or isinstance(value, (bytes, dict)):
         return _decode(_bytes_of(value, i, rows, name), i, rows, name)
     if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
@@ -178,7 +178,7 @@ def _convert(value: Any, i: int, rows: Rows, name: str) -> np.ndarray:
     return _pixels_of_array(array, name, rows.where)
 
 
-def _stack(images: Iterable[np.ndarray], rows: Rows, name: str) -> Tensor:
+def _stack(images: Iterable[np.ndarray], rows: Table, name: str) -> Tensor:
     """Images [H, W] or [3, H, W] of one size as uint8 [n, C, H, W]; grey ones are widened once a colour one appears."""
     out = np.empty((0, 1, 0, 0), dtype=np.uint8)
     for i, image in enumerate(images):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
 from .choose import choose_inputs, choose_target, reject
-from .columns import Rows, listed
+from .columns import Table, listed
 from .dataset import Dataset
 from .images import channel_moments, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
@@ -81,9 +81,9 @@ def load_dataset(
 def encode(
     label: str,
     revision: str | None,
-    every: Rows,
-    train: Rows,
-    test: Rows,
+    every: Table,
+    train: Table,
+    test: Table,
     notes: list[str],
     target: str | Sequence[str] | None,
     features: str | Sequence[str] | None,
@@ -108,36 +108,36 @@ def encode(
     )
 
 
-def _split_name(rows: Rows) -> str:
+def _split_name(rows: Table) -> str:
     return rows.where.removeprefix("split ").strip("'")
 
 
 def _split_rows(
     splits: dict[str, datasets.Dataset], train_split: str | None, test_split: str | None, fraction: float, seed: int
-) -> tuple[Rows, Rows, Rows, list[str]]:
+) -> tuple[Table, Table, Table, list[str]]:
     """All rows of the training split, the training and test rows, and notes."""
     train_name, test_name = choose_splits(splits, train_split, test_split)
-    every = Rows.from_dataset(splits[train_name], f"split {train_name!r}")
+    every = Table.from_dataset(splits[train_name], f"split {train_name!r}")
     if not len(every):
         raise InputError(f"split {train_name!r} is empty")
     if test_name is None:
-        train, test = (every.select(positions) for positions in cut(len(every), fraction, seed))
+        train, test = (every.select(picked) for picked in cut(len(every), fraction, seed))
         note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
         return every, train, test, [note]
-    test = Rows.from_dataset(splits[test_name], f"split {test_name!r}")
+    test = Table.from_dataset(splits[test_name], f"split {test_name!r}")
     if not len(test):
         raise InputError(f"split {test_name!r} is empty")
     return every, every, test, []
 
 
-def _keep(rows: Rows, chosen: np.ndarray | None) -> Rows:
+def _keep(rows: Table, chosen: np.ndarray | None) -> Table:
     """The chosen ones (counted among these rows, not from the start of the split)."""
     if chosen is None:
         return rows
-    return rows.select(chosen if rows.positions is None else rows.positions[chosen])
+    return rows.select(chosen if rows.picked is None else rows.picked[chosen])
 
 
-def _images(train: Rows, test: Rows, column: str, target: Target, notes: list[str]) -> tuple[Preprocessing, Tensor, Tensor]:
+def _images(train: Table, test: Table, column: str, target: Target, notes: list[str]) -> tuple[Preprocessing, Tensor, Tensor]:
     pixels = load_images(train, column)  # [n, C, H, W]
     test_pixels = load_images(test, column)
     if pixels.shape[2:] != test_pixels.shape[2:]:
@@ -153,7 +153,7 @@ def _images(train: Rows, test: Rows, column: str, target: Target, notes: list[st
 
 
 def _table(
-    train: Rows, test: Rows, kinds: dict[str, str], target: Target, notes: list[str], named: bool
+    train: Table, test: Table, kinds: dict[str, str], target: Target, notes: list[str], named: bool
 ) -> tuple[Preprocessing, Tensor, Tensor]:
     columns: list[Column] = []
     left_out = {}

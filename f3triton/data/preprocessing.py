@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, listed, raw_column, rows_from
+from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, rows_from
 from .images import convert_images, load_images, match_channels
 from .tables import Column, encode_table
 from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
@@ -67,7 +67,7 @@ class Preprocessing:
         if self.kind == TABLE:
             return encode_table(self.columns, rows_from(rows, [column.name for column in self.columns]))[0]
         where = "the rows given"
-        if isinstance(rows, Rows):  # of a stream, which may have no end
+        if isinstance(rows, Table):  # of a stream, which may have no end
             where = rows.where
             pixels = load_images(rows_from(rows, [self.image]), self.image, cached=False)
         elif hasattr(rows, "with_format"):

@@ -192,8 +192,10 @@ def reading(name: str, quiet: bool = True) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         text = one_line(cause)
-        if isinstance(cause, datasets.table.CastError):
-            text = f"its files differ in columns: {one_line(cause.details())}"
+        # In older versions of datasets the cast error is only the context of the last error, not its cause.
+        cast = next((e for e in (cause, cause.__context__) if isinstance(e, datasets.table.CastError)), None)
+        if cast is not None:
+            text = f"its files differ in columns: {one_line(cast.details())}"
         elif "converting to" in text or "as a scalar of type" in text:
             text += " (the first rows set the type of each column, and later rows or files must have it)"
         if "corresponds to no data" in text:

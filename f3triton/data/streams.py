@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
-from .columns import Rows
+from .columns import Table
 from .dataset import Dataset
 from .load import encode
 from .preprocessing import Preprocessing
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-CHUNK = 1000  # rows that are read at a time; a saved position in a stream is one between chunks
+CHUNK = 1000  # rows that are read at a time; a saved place in a stream is one between chunks
 EXAMPLES = 64  # rows that a `StreamDataset` itself holds
 BUFFER, STATISTICS, TEST_ROWS = 10_000, 10_000, 10_000  # defaults, in rows
 
@@ -101,7 +101,7 @@ class StreamReader:
         inner = state["stream"]
         self.source, self.held_out = source, held_out
         self.pieces: deque[_Piece] = deque()  # read and not taken
-        self.position = state["chunk"] if inner else 0  # rows of the split that were read, of either kind
+        self.passed = state["chunk"] if inner else 0  # rows of the split that were read, of either kind
         self.read = 0  # training rows taken
         self._chunks = source.read(inner)
         self.skip(state["taken"] if inner else state["rows"])
@@ -112,10 +112,10 @@ class StreamReader:
         if found is None:
             return False
         table, state = found
-        first = self.position
-        self.position += table.num_rows
+        first = self.passed
+        self.passed += table.num_rows
         if self.source.every is not None:
-            last = (np.arange(first, self.position) + 1) % self.source.every == 0
+            last = (np.arange(first, self.passed) + 1) % self.source.every == 0
             table = table.filter(last if self.held_out else ~last)
         self.pieces.append(_Piece(table, first, state))
         return True
@@ -133,7 +133,7 @@ class StreamReader:
             self.read += part.num_rows
         return out
 
-    def take(self, rows: int) -> Rows:
+    def take(self, rows: int) -> Table:
         """The next training rows, fewer than `rows` only where the stream ends."""
         import pyarrow as pa
 
@@ -144,7 +144,7 @@ class StreamReader:
         features = self.source.rows.features or {}
         kind = "held-out row" if self.held_out else "row"
         where = f"split {self.source.split!r}" + (f" from {kind} {begin:,} on" if begin else "")
-        return Rows(
+        return Table(
             table,
             where,
             {name: list(f.names) for name, f in features.items() if type(f).__name__ == "ClassLabel"},
@@ -162,7 +162,7 @@ class StreamReader:
     def state(self) -> dict[str, Any]:
         """Where this reader is, as JSON: training rows taken, and the library's own note of the chunk that the next is in."""
         if not self.pieces and not self._more():
-            return {"rows": self.read, "stream": None, "chunk": self.position, "taken": 0}
+            return {"rows": self.read, "stream": None, "chunk": self.passed, "taken": 0}
         piece = self.pieces[0]
         return {"rows": self.read, "stream": piece.state, "chunk": piece.first, "taken": piece.taken}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import CATEGORY, Rows, numbers, words
+from .columns import CATEGORY, Table, numbers, words
 
 MAX_CATEGORIES = 1000  # a column of words with more distinct ones is taken for free text
 
@@ -41,7 +41,7 @@ class Column:
         return len(self.mean) or len(self.categories)
 
 
-def fit_column(rows: Rows, name: str, kind: str) -> Column:
+def fit_column(rows: Table, name: str, kind: str) -> Column:
     """Statistics or categories of a training column.
 
     Raises `UnusableColumnError` (no values; free text) or InputError (infinity).
@@ -52,7 +52,7 @@ def fit_column(rows: Rows, name: str, kind: str) -> Column:
     return Column(name, kind, mean, std)
 
 
-def moments(values: np.ndarray, rows: Rows, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments(values: np.ndarray, rows: Table, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation (1 for a constant) of each column of `[n, width]`, leaving out NaN."""
     present = ~np.isnan(values)
     if not present.any(axis=0).all():
@@ -69,7 +69,7 @@ def moments(values: np.ndarray, rows: Rows, name: str) -> tuple[tuple[float, ...
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def encode_table(columns: tuple[Column, ...], rows: Rows) -> tuple[Tensor, Counter, Counter]:
+def encode_table(columns: tuple[Column, ...], rows: Table) -> tuple[Tensor, Counter, Counter]:
     """Inputs [n, K] float32, and for each column how many missing values were filled and how many words were unseen."""
     out = np.empty((len(rows), sum(column.width for column in columns)), dtype=np.float32)
     missing: Counter = Counter()
@@ -100,7 +100,7 @@ def standardise(values: np.ndarray, mean: tuple[float, ...], std: tuple[float, .
     return (values - np.asarray(mean)) / np.asarray(std)
 
 
-def _fit_category(rows: Rows, name: str) -> Column:
+def _fit_category(rows: Table, name: str) -> Column:
     import pyarrow.compute as pc
 
     column = words(rows, name)
@@ -118,7 +118,7 @@ def _fit_category(rows: Rows, name: str) -> Column:
     return Column(name, CATEGORY, mean, std, categories, bool(names))
 
 
-def _encode_category(column: Column, rows: Rows) -> tuple[np.ndarray, int, int]:
+def _encode_category(column: Column, rows: Table) -> tuple[np.ndarray, int, int]:
     """Values [n, width] (NaN where there is none, for two categories), missing, unseen."""
     text = words(rows, column.name, column.categories if column.coded else ())
     codes = _codes(column.categories, text)  # [n]
@@ -130,7 +130,7 @@ def _encode_category(column: Column, rows: Rows) -> tuple[np.ndarray, int, int]:
 
 
 def _codes(categories: tuple[str, ...], text: object) -> np.ndarray:
-    """The position of each word among the categories, [n] float64; NaN where it is missing or not among them."""
+    """The place of each word among the categories, [n] float64; NaN where it is missing or not among them."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -138,7 +138,7 @@ def _codes(categories: tuple[str, ...], text: object) -> np.ndarray:
     return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
 
 
-def _finite(values: np.ndarray, rows: Rows, name: str) -> np.ndarray:
+def _finite(values: np.ndarray, rows: Table, name: str) -> np.ndarray:
     """The values; InputError that names the row where one is infinite. NaN passes: it stands for a missing value."""
     infinite = np.isinf(values).any(axis=1)
     if infinite.any():

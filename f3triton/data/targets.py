@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Rows, kind_of, listed, numbers, words
+from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
 from .tables import UnusableColumnError, moments, standardise
 
 CLASSIFICATION, REGRESSION, LANGUAGE_MODELING = "classification", "regression", "language-modeling"
@@ -35,7 +35,7 @@ class Target:
         return len(self.names)
 
 
-def choose_task(rows: Rows, columns: list[str], task: str) -> str:
+def choose_task(rows: Table, columns: list[str], task: str) -> str:
     """The task that target columns set, where `task` is "auto"; InputError where they do not allow the one asked for.
 
     Auto: ClassLabel, words and booleans are classes; integers are classes up to 100 distinct training values; other
@@ -71,7 +71,7 @@ def choose_task(rows: Rows, columns: list[str], task: str) -> str:
     return CLASSIFICATION if few else REGRESSION
 
 
-def fit_target(every: Rows, train: Rows, columns: list[str], task: str) -> Target:
+def fit_target(every: Table, train: Table, columns: list[str], task: str) -> Target:
     """The target's classes, from `every` row that training could have had, or its statistics, from the rows it has.
 
     Taking classes from `every` row keeps a subset or a random split from changing the width of the model.
@@ -110,7 +110,7 @@ def fit_target(every: Rows, train: Rows, columns: list[str], task: str) -> Targe
     return target
 
 
-def encode_target(target: Target, rows: Rows) -> Tensor:
+def encode_target(target: Target, rows: Table) -> Tensor:
     """Targets of rows: class ids int64 [n], or standardised numbers float32 [n, T].
 
     Raises InputError: a target missing or infinite; a class that training did not have.
@@ -141,7 +141,7 @@ def encode_target(target: Target, rows: Rows) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _target_numbers(rows: Rows, columns: list[str]) -> np.ndarray:
+def _target_numbers(rows: Table, columns: list[str]) -> np.ndarray:
     """Target columns side by side, float64 [n, T], all finite."""
     parts = []
     for name in columns:
@@ -154,7 +154,7 @@ def _target_numbers(rows: Rows, columns: list[str]) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-def _class_numbers(rows: Rows, name: str) -> np.ndarray:
+def _class_numbers(rows: Table, name: str) -> np.ndarray:
     """A column of whole numbers (or booleans) as float64 [n]; InputError where one is not whole."""
     values = _target_numbers(rows, [name])[:, 0]
     broken = values != np.floor(values)
@@ -167,7 +167,7 @@ def _class_numbers(rows: Rows, name: str) -> np.ndarray:
     return values
 
 
-def _require_all(missing: np.ndarray, rows: Rows, name: str) -> None:
+def _require_all(missing: np.ndarray, rows: Table, name: str) -> None:
     if missing.any():
         hint = " (label -1 stands for none; choose a split that has labels)" if name in rows.class_names else ""
         raise InputError(f"target column {name!r} is missing in {rows.row(int(missing.argmax()))}; drop such rows first{hint}")

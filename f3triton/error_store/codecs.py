@@ -1,7 +1,7 @@
 """How an error row is kept: whole, in half precision, or in a few bits. The same code for every home, on any device.
 
-A codec turns errors `[M, C]` into rows `[M, columns]` of its storage type, and back. Every codec gives a one-hot target
-back exactly, so that the first visit is the same with all of them.
+A codec turns errors `[M, C]` into rows `[M, columns]` of its storage type, and back; of errors in a rank, C is the rank.
+Every codec gives a one-hot target back exactly, so that the first visit is the same with all of them.
 
 | word                        | bytes of a row        | keeps                                                            |
 | --------------------------- | --------------------- | ---------------------------------------------------------------- |
@@ -37,16 +37,18 @@ class Codec:
     """
 
     needs_target = needs_index = False
-    positions = 1  # rows `[width]` in one of `columns`
+    positions = 1  # errors `[width]` of a sample, in one row: see `ByPosition`
 
     def __init__(self, word: str, width: int, dtype: torch.dtype, columns: int, storage: torch.dtype = torch.uint8) -> None:
         self.word, self.width, self.dtype, self.columns, self.storage = word, width, dtype, columns, storage
         self.row_bytes = columns * storage.itemsize
 
     def encode(self, errors: Tensor, target: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """From `[M, width]` to rows `[M, columns]`."""
         raise NotImplementedError
 
     def decode(self, rows: Tensor) -> Tensor:
+        """From rows `[M, columns]` to `[M, width]`."""
         raise NotImplementedError
 
 

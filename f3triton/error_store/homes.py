@@ -65,11 +65,13 @@ def check_home(home: str, samples: int, codec: Codec) -> None:
         check_new(Path(home).expanduser(), kind.file_bytes)
 
 
-def make_store(home: str, rows: Rows, generations: int = 2, resume: bool = False) -> ErrorStore:
-    """The store of a home that `pick_home` gave. In a folder: a new one, with space for so many `generations`.
+def make_store(home: str | Path, rows: Rows, generations: int = 2, resume: bool = False) -> ErrorStore:
+    """A store at a home (see `pick_home`). In a folder: a new one, with space for so many `generations`.
 
-    To `resume` is to open the store that is in the folder already; `restore` then goes to the state of a checkpoint.
+    To `resume` is to open the store that is in the folder already; `restore` then goes to the state of a checkpoint. Raises
+    InputError; see `FileStore`.
     """
+    home = pick_home(home, rows.samples * rows.codec.row_bytes, rows.device)
     if is_folder(home):
         if resume:
             return FileStore.open(home, rows, generations=generations)

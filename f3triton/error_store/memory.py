@@ -41,8 +41,8 @@ class MemoryStore(ErrorStore):
             rows = rows.to(self.spec.device, non_blocking=True)
         return self.codec.decode(rows)
 
-    def write(self, index: Tensor, errors: Tensor) -> None:
-        rows = self.spec.encode(index, errors)
+    def write(self, index: Tensor, errors: Tensor, target: Tensor | None = None) -> None:
+        rows = self.spec.encode(index, errors, target)
         if index.device != self.encoded.device:
             index, rows = index.to(self.encoded.device), rows.to(self.encoded.device)
         self.encoded.index_copy_(0, index, rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from .codecs import Codec
 class Rows:
     """What is kept: a row of `codec` for each of `samples`, read and written on `device`.
 
-    `targets(index [M])` gives `[M, C]` on that device: the rows of the first visit, which makes the first epoch DRTP.
+    `targets(index [M])` gives `[M, R]` on that device (see `ErrorStore`): the rows of the first visit, which makes the first
+    epoch DRTP.
     `data` identifies the data set (see `data.identity`).
     """
 
@@ -26,9 +26,10 @@ class Rows:
     targets: Callable[[Tensor], Tensor]
     data: dict[str, object] | None = None
 
-    def encode(self, index: Tensor, errors: Tensor) -> Tensor:
-        """Rows `[M, columns]` for `errors [M, C]` of the samples `index [M]`."""
-        target = self.targets(index) if self.codec.needs_target else None
+    def encode(self, index: Tensor, errors: Tensor, target: Tensor | None = None) -> Tensor:
+        """Rows `[M, columns]` for `errors [M, R]` of the samples `index [M]`, whose targets are `target [M, C]`."""
+        if self.codec.needs_target and target is None:
+            target = self.targets(index)
         return self.codec.encode(errors, target, index if self.codec.needs_index else None)
 
     def first(self, index: Tensor) -> Tensor:
@@ -38,7 +39,11 @@ class Rows:
 
 
 class ErrorStore:
-    """The error row that each sample left at its last visit, `[samples, C]`.
+    """The error row that each sample left at its last visit, `[samples, R]`.
+
+    R is the number of outputs C, or the rank of errors that are kept as `e R`. A sample of T positions (a text window of T
+    tokens) has as many errors: wherever it says `[M, R]` or `[M, C]` for M samples, there are `M T` lines then, in the order of
+    the samples and within each in that of its tokens.
 
     Epoch t reads the rows of epoch t-1 (at first: the targets) and writes its own; a sample visited twice in an epoch
     reads what its first visit wrote. A row that an epoch did not write is carried forward, and counted.
@@ -51,20 +56,6 @@ class ErrorStore:
         self.spec = rows
         self.samples, self.width, self.codec = rows.samples, rows.codec.width, rows.codec
 
-    @staticmethod
-    def create(home: str | Path, rows: Rows, generations: int = 2) -> ErrorStore:
-        """A new store on the `device`, in `memory` or in the folder of a path. Raises InputError; see `FileStore.create`."""
-        from .homes import make_store, pick_home
-
-        return make_store(pick_home(home, rows.samples * rows.codec.row_bytes, rows.device), rows, generations)
-
-    @staticmethod
-    def open(path: str | Path, rows: Rows, epoch: int | None = None, generations: int = 2) -> ErrorStore:
-        """The store in a folder, as the last commit left it or at the beginning of `epoch`; see `FileStore.open`."""
-        from .disk.file import FileStore
-
-        return FileStore.open(path, rows, epoch, generations)
-
     @property
     def bytes_per_sample(self) -> int:
         return self.codec.row_bytes
@@ -75,12 +66,16 @@ class ErrorStore:
         return self.samples * self.codec.row_bytes
 
     def read(self, index: Tensor) -> Tensor:
-        """The rows `[M, C]`, on the learner's device, that the samples `index [M]` (int64) left at their last visit."""
+        """The errors `[M, R]` that the samples `index [M]` (int64) left at their last visit, on the learner's device."""
         raise NotImplementedError
 
-    def write(self, index: Tensor, errors: Tensor) -> None:
-        """Keep `errors [M, C]` for the next visit of the samples `index [M]`."""
+    def write(self, index: Tensor, errors: Tensor, target: Tensor | None = None) -> None:
+        """Keep `errors [M, R]` for the next visit of the samples `index [M]`, whose targets are `target [M, C]`."""
         raise NotImplementedError
+
+    def as_kept(self, index: Tensor, errors: Tensor, target: Tensor) -> Tensor:
+        """What reading `[M, R]` would give after `errors [M, R]` were written."""
+        return self.codec.decode(self.spec.encode(index, errors, target))
 
     @property
     def on_device(self) -> bool:

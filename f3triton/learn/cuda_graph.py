@@ -1,51 +1,57 @@
-"""A step as one CUDA graph: what a small network costs is launches, and a graph has one.
+"""A visit as one CUDA graph: what a small network costs is launches, and a graph has one.
 
 The batch's sample indices, the learning rate and the step count lie in device memory, where the captured kernels read them;
-a replay changes weights, moments and error rows in place and leaves output and target in a ring, to be looked at later. The
-first steps run as usual, on a stream of their own, which compiles the kernels and fills the caches that a capture must not
-grow; a batch of another size, such as an epoch's short last one, runs as usual too.
+a replay changes weights, moments and error rows in place and leaves its results in a ring, to be looked at later. The first
+visits run as usual, on a stream of their own, which compiles the kernels and fills the caches that a capture must not grow; a
+batch of another size, such as an epoch's short last one, runs as usual too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-WARM_UP = 2  # steps before the capture
+from ..base.data import Visit
 
-Learn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+WARM_UP = 2  # visits before the capture
+
+Learn = Callable[[Visit, Tensor], Sequence[Tensor | None]]
 
 
 class GraphedStep:
-    """`learn(index [batch], lr [])` as a graph; its two results `[batch, C]` are kept for `slots` further calls.
+    """`learn(visit, lr [])` as a graph, for visits of `batch` samples that `teach` in one way; its results `[M, ...]`, or
+    None, are kept for `slots` further calls.
 
     `learn` must do all its work on the device, in place, and may not depend on anything that changes from step to step but
     its arguments. On a CPU there are no graphs, and it is called every time: the same tensors, for tests.
     """
 
-    def __init__(self, learn: Learn, batch: int, slots: int, device: torch.device) -> None:
+    def __init__(self, learn: Learn, teach: str, batch: int, slots: int, device: torch.device) -> None:
         self.learn, self.batch, self.slots, self.device = learn, batch, slots, device
-        self.index = torch.zeros(batch, dtype=torch.int64, device=device)
+        index, row = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self.visit = Visit(index, row, teach)
         self.lr = torch.zeros((), device=device)
         self.lr_there: float | None = None
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # where the coming step leaves its results
-        self.rings: tuple[Tensor, ...] = ()  # [slots, batch, C] each
+        self.rings: tuple[Tensor | None, ...] = ()  # [slots, M, ...] each
         self.graph: torch.cuda.CUDAGraph | None = None
         self.steps = 0
 
     def _run(self) -> None:
-        results = self.learn(self.index, self.lr)
+        results = self.learn(self.visit, self.lr)
         if not self.rings:
-            self.rings = tuple(result.new_zeros(self.slots, *result.shape) for result in results)
+            self.rings = tuple(r if r is None else r.new_zeros(self.slots, *r.shape) for r in results)
         for ring, result in zip(self.rings, results, strict=True):
-            ring.index_copy_(0, self.slot, result.unsqueeze(0))
+            if result is not None:
+                ring.index_copy_(0, self.slot, result.unsqueeze(0))
         self.slot.add_(1).remainder_(self.slots)
 
-    def __call__(self, index: Tensor, lr: float) -> tuple[Tensor, ...]:
-        """One step on the samples `index [batch]`; the results' memory is used again `slots` calls later."""
-        self.index.copy_(index, non_blocking=True)
+    def __call__(self, visit: Visit, lr: float) -> tuple[Tensor | None, ...]:
+        """One visit; the results' memory is used again `slots` calls later."""
+        self.visit.index.copy_(visit.index, non_blocking=True)
+        self.visit.row.copy_(visit.row, non_blocking=True)
         if lr != self.lr_there:
             self.lr.fill_(lr)
             self.lr_there = lr
@@ -67,4 +73,4 @@ class GraphedStep:
             graph.replay()
         place = self.steps % self.slots
         self.steps += 1
-        return tuple(ring[place] for ring in self.rings)
+        return tuple(ring if ring is None else ring[place] for ring in self.rings)

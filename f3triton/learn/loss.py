@@ -24,3 +24,8 @@ def losses_by_sample(a: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "cross-entropy":
         return functional.cross_entropy(a, target, reduction="none")
     return (a - target).square().mean(-1)
+
+
+def hits(a: Tensor, target: Tensor) -> Tensor:
+    """Whether each row's largest output stands where its target's largest entry stands, `[M]`."""
+    return a.argmax(-1) == target.argmax(-1)

@@ -1,20 +1,94 @@
-"""Feedback alignment: backpropagation with fixed random matrices in place of the transposed weights."""
+"""What F3 is compared with: backpropagation, and feedback alignment; and every learner by the name of its method."""
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..base.data import Data, batch
+from ..base.data import Data, Visit, batch
 from ..base.exceptions import InputError
-from ..base.precision import working_dtype
-from ..base.seeds import derived_seed
+from ..base.precision import autocast, working_dtype
+from ..base.seeds import derived_seed, drawing
+from ..error_store.store import ErrorStore
 from ..kernels import eager
-from ..network.linear import Linear, update_linear
+from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.updater import Updater
+from ..network.updater import Arithmetic, Updater, torch_optimizer
+from .local import Local
+from .loss import mean_loss
+from .signal import Signal
+from .step import F3Learner, Learner, Output
+
+
+class _Backward:
+    """What methods have in common whose error goes backward: no signal, no store, no graph."""
+
+    signal: Signal | None = None
+    store: ErrorStore | None = None
+
+    def use_graph(self, batch: int, slots: int) -> bool:
+        """See `Learner`."""
+        return False
+
+
+class BackpropLearner(_Backward):
+    """Backpropagation by autograd with torch's fused optimizer."""
+
+    def __init__(self, model: Sequential, data: Data, loss: str, how: Arithmetic) -> None:
+        self.model, self.data, self.loss, self.compute_dtype = model, data, loss, how.compute_dtype
+        self.dtype, self.device = next(model.parameters()).dtype, how.device
+        self.optimizer = torch_optimizer(how.rule, [p for p in model.parameters() if p.requires_grad])
+        self.seed, self.steps = how.seed, 0
+        self.draws = any(stage.draws for stage in model.stages)
+
+    def visit(self, visit: Visit, lr: float) -> Output:
+        """See `Learner`."""
+        if visit.window is not None:
+            self.data.load(visit.window)
+        x, target = batch(self.data, visit.index, self.dtype, self.device)  # [batch, ...], [M, C]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.steps += 1
+        draws = drawing(self.device, self.seed, "dropout", self.steps) if self.draws else nullcontext()
+        with draws, autocast(x.device, self.compute_dtype):
+            a = self.model(x)  # [M, C], or [batch, tokens, C]
+        a = a.flatten(0, -2).to(self.dtype)
+        mean_loss(a, target, self.loss).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Output(a.detach(), target)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Learner`."""
+        found = {}
+        for name, p in self.model.named_parameters():
+            if not self.optimizer.state.get(p) and p.requires_grad:  # torch makes a parameter's buffers at its first step
+                _make_torch_state(self.optimizer, p)
+            kept = self.optimizer.state.get(p, {})
+            found |= {f"{name}.{key}": value for key, value in kept.items() if isinstance(value, Tensor)}
+        return found
+
+    def resumed(self, steps: int) -> None:
+        """See `Learner`."""
+        self.steps = steps
+
+
+def _make_torch_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """The state that torch's optimizer begins with."""
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.SGD):
+        if group["momentum"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return
+    device = parameter.device if group["fused"] else torch.device("cpu")
+    optimizer.state[parameter] |= {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def require_linear(model: Sequential) -> None:
@@ -24,7 +98,7 @@ def require_linear(model: Sequential) -> None:
             raise InputError(f"method 'fa' needs a sequence of Linear stages, stage {number} is a {type(stage).__name__}")
 
 
-class FeedbackAlignmentLearner:
+class FeedbackAlignmentLearner(_Backward):
     """The error goes backward layer by layer, as in backpropagation, but through `F [N, K]`, drawn once from the law of torch's
     initial weights (uniform in +-1/sqrt(K)), instead of `W` (Lillicrap et al. 2016). No weight transport, but update locking
     and all activations are as in backpropagation. Without autograd, for sequences of `Linear` stages.
@@ -43,21 +117,51 @@ class FeedbackAlignmentLearner:
             self.backward_weights.append(matrix.to(self.device, updater.compute_dtype or self.dtype))
 
     @torch.no_grad()
-    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from the samples `index [batch]`; returns the output from before the update and the target, `[M, C]`."""
-        updater, stages = self.updater, list(self.model.stages)
-        updater.next_step(lr)
-        x, target = batch(self.data, index, self.dtype, self.device)
+    def visit(self, visit: Visit, lr: float) -> Output:
+        """See `Learner`."""
+        if visit.window is not None:
+            self.data.load(visit.window)
+        stages, step = list(self.model.stages), self.updater.begin(lr)
+        x, target = batch(self.data, visit.index, self.dtype, self.device)
         kept_stages = []
         for stage in stages:
-            x, kept = stage.keep(x, updater)
+            x, kept = stage.keep(x, step)
             kept_stages.append(kept)
         a = x.to(self.dtype)
-        gradient, _ = updater.ops.output_error(a, target, self.loss, "current-error", "auto")
+        gradient, _, _ = step.ops.output_step(a, target, self.loss, "current-error", "auto")
         for number in reversed(range(len(stages))):
-            inputs, slope_from = kept_stages[number]
+            inputs, slope_from, _ = kept_stages[number]
             delta = eager.times_slope(gradient.to(slope_from.dtype), slope_from, stages[number].activation)
             if number:
                 gradient = delta @ self.backward_weights[number]
-            update_linear(stages[number], delta, inputs, updater, wants_input=False)
-        return a, target
+            step.teach(stages[number], delta, inputs)
+        return Output(a, target)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return self.updater.state()
+
+    def resumed(self, steps: int) -> None:
+        """See `Learner`."""
+        self.updater.resumed(steps)
+
+
+def make_learner(
+    method: str,
+    model: Sequential,
+    data: Data,
+    loss: str,
+    how: Arithmetic,
+    signal: Signal | None = None,
+    scale: float | str = 1.0,
+    store: ErrorStore | None = None,
+    local: Local | None = None,
+) -> Learner:
+    """The learner of a method, with the `signal` that it stands for (None: its error goes backward) and, where that is
+    delayed, a `store`."""
+    if method == "fa":
+        return FeedbackAlignmentLearner(model, data, Updater(model, how), loss, how.seed)
+    if signal is None:
+        return BackpropLearner(model, data, loss, how)
+    updater = Updater(model, how, model.stages[-1].parameters() if signal.source == "none" else None)
+    return F3Learner(model, data, updater, loss, signal, scale, store, how.seed, local)

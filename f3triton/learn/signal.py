@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..base.choices import check_word
+from ..base.data import Visit
 from ..base.exceptions import InputError
+from ..error_store.store import ErrorStore
 from ..kernels.reference import LINKS, LOSSES, SOURCES
 
-METHODS = ("f3", "drtp", "dfa", "sdfa", "fa", "bp", "last-layer")
+METHODS = ("f3", "drtp", "dfa", "sdfa", "local", "fa", "bp", "last-layer")
+SIGNALS = (*SOURCES, "local-error")
 
 # The signal that each method stands for; `bp` and `fa`, which go backward, have none, and `f3` takes any.
 METHOD_SIGNALS = {
@@ -16,6 +21,7 @@ METHOD_SIGNALS = {
     "drtp": "target",
     "dfa": "current-error",
     "sdfa": "current-error-sign",
+    "local": "local-error",
     "fa": None,
     "bp": None,
     "last-layer": "none",
@@ -24,15 +30,18 @@ METHOD_SIGNALS = {
 
 @dataclass(frozen=True)
 class Signal:
-    """What teaches the hidden layers. Three independent choices, each a word.
+    """What teaches the hidden stages: independent choices, each a word, and when the row that each sample needs is known.
 
     - `source`: `delayed-error` (`y* - y` of the sample's last visit), `delayed-loss` (`-dL/dy` of the last visit), `target`
-      (DRTP), `current-error` (DFA), `current-error-sign` (sDFA), `none` (only the last layer learns)
+      (DRTP), `current-error` (DFA), `current-error-sign` (sDFA), `local-error` (a reading of each stage's own output: see
+      `local`), `none` (only the last stage learns)
     - `link`: what the network's output goes through before the error is taken. `auto` is the one that belongs to the loss
       (sigmoid for `bce`, softmax for `cross-entropy`, identity for `mse`). The others go on top of the output as the loss
       sees it, a probability for `bce`, as in the authors' code: `identity` with `bce` is `auto`, `softmax` with `bce` is
       the softmax of the sigmoid.
     - `mask`: multiply the error by the one-hot target (the authors' `*_one_hot`)
+    - `projection`: `[C, rank]`, see `feedback.error_projection`: what is kept of an error is its product with it. Without one
+      an error is kept whole, its mask is left for when it teaches, and R, the width of a row, is C
 
     Raises InputError for unknown words.
     """
@@ -40,9 +49,10 @@ class Signal:
     source: str = "delayed-error"
     link: str = "auto"
     mask: bool = False
+    projection: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", check_word("signal", self.source, SOURCES))
+        object.__setattr__(self, "source", check_word("signal", self.source, SIGNALS))
         object.__setattr__(self, "link", check_word("link", self.link, LINKS))
 
     @property
@@ -52,8 +62,45 @@ class Signal:
 
     @property
     def current(self) -> bool:
-        """Whether the hidden layers have to wait for the output (DFA, sDFA)."""
+        """Whether the hidden stages have to wait for the output (DFA, sDFA)."""
         return self.source.startswith("current-")
+
+    @property
+    def local(self) -> bool:
+        """Whether each hidden stage has an error of its own, known at the stage itself."""
+        return self.source == "local-error"
+
+    @property
+    def through_feedback(self) -> bool:
+        """Whether errors reach hidden stages through feedback matrices."""
+        return self.source not in ("none", "local-error")
+
+    def before(self, visit: Visit, target: Tensor, store: ErrorStore | None) -> Tensor | None:
+        """The rows `[M, R]` that teach in a visit with `target [M, C]`, where they are known before it; else None."""
+        if visit.teach == "nothing" or not (self.delayed or self.source == "target"):
+            return None
+        if self.delayed and visit.teach == "signal":
+            row = store.read(visit.row)
+        else:
+            row = self.kept(target, target)
+            if self.delayed:
+                row = store.as_kept(visit.row, row, target)
+        return self.taught(row, target)
+
+    def after(self, visit: Visit, left: Tensor | None, target: Tensor, store: ErrorStore | None) -> None:
+        """Keep the rows `left [M, R]` of a visit's samples for their next one."""
+        if store is not None:
+            store.write(visit.row, left, target)
+
+    def kept(self, error: Tensor, target: Tensor) -> Tensor:
+        """What is kept `[M, R]` of `error [M, C]`."""
+        if self.projection is None:
+            return error
+        return (error * target if self.mask else error) @ self.projection
+
+    def taught(self, row: Tensor, target: Tensor) -> Tensor:
+        """What teaches `[M, R]` of kept rows `[M, R]`."""
+        return row * target if self.mask and self.projection is None else row
 
 
 def resolve_signal(method: str, source: str | None, link: str = "auto", mask: bool = False) -> Signal | None:
@@ -64,7 +111,7 @@ def resolve_signal(method: str, source: str | None, link: str = "auto", mask: bo
     method = check_word("method", method, METHODS)
     own = METHOD_SIGNALS[method]
     if source is not None:
-        source = check_word("signal", source, SOURCES)
+        source = check_word("signal", source, SIGNALS)
         if method != "f3" and source != own:
             has = "no signal (its error goes backward)" if own is None else f"the signal {own!r}"
             raise InputError(f"method {method!r} has {has}, got signal {source!r}; use method 'f3' to choose the signal")

@@ -1,39 +1,55 @@
-"""The step and the epoch: the one place that knows the order of things."""
+"""The step: what happens to a network and to the errors of a batch of samples when their turn has come."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Protocol
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..base.data import Data, batch
+from ..base.data import Data, Visit, batch
 from ..base.precision import autocast, working_dtype
-from ..error_store import ErrorStore
+from ..base.seeds import drawing
+from ..error_store.store import ErrorStore
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.updater import Updater, torch_optimizer
+from ..network.updater import Updater
 from .cuda_graph import GraphedStep
-from .loss import mean_loss
+from .local import Local
 from .signal import Signal
 
-CHECK_EVERY = 500  # steps between looks at the loss: one synchronisation each
 
+class Output(NamedTuple):
+    """A batch's last output from before its update, `a [M, C]`, and its `target [M, C]`; or, where the operations have them for
+    nothing, the loss and the hit of each prediction, `[M]` each. M counts predictions: one a sample, or one for each
+    token of a text window."""
 
-KEPT_OUTPUTS = 1 << 20  # elements of outputs that wait for their loss to be taken
+    a: Tensor | None
+    target: Tensor | None
+    sample_losses: Tensor | None = None
+    sample_hits: Tensor | None = None
 
 
 class Learner(Protocol):
-    """A way to learn from one batch, with the loss of that name."""
+    """A way to learn from visits, with the loss of that name."""
 
     loss: str
+    signal: Signal | None  # None: the error goes backward
+    store: ErrorStore | None  # where the signal is delayed
 
-    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """Learn from the samples `index [batch]`; returns the output from before the update and the target, `[M, C]`.
+    def visit(self, visit: Visit, lr: float) -> Output:
+        """Learn from a batch of samples."""
 
-        M counts predictions: one a sample, or one for each token of a text window.
-        """
+    def use_graph(self, batch: int, slots: int) -> bool:
+        """Run visits of `batch` samples as CUDA graphs from now on, results being kept for `slots` visits; False where they
+        cannot be."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What the update rule keeps between steps, by name: the very tensors that it works on."""
+
+    def resumed(self, steps: int) -> None:
+        """Go on after the tensors of `state`, and the weights, were filled with those of a run of so many steps."""
 
 
 class F3Learner:
@@ -42,6 +58,11 @@ class F3Learner:
     With a delayed signal (arXiv 2304.13372, alg. 1) a stage is updated while the forward pass goes through it. With a
     current one (DFA) the forward pass goes through all stages once, its activations are kept, and then every stage is
     updated from the error at the output. Runs without autograd, but for what is inside a `Block`.
+
+    With a `local` one they learn from readings of their own outputs instead, see there.
+
+    `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. Raises ValueError for a delayed signal
+    without a store: it would learn from targets only.
     """
 
     def __init__(
@@ -51,117 +72,95 @@ class F3Learner:
         updater: Updater,
         loss: str,
         signal: Signal,
-        scale: float | str,
-        store: ErrorStore | None,
-        projection: Tensor | None = None,
+        scale: float | str = 1.0,
+        store: ErrorStore | None = None,
+        seed: int = 0,
+        local: Local | None = None,
     ) -> None:
+        if signal.delayed and store is None:
+            raise ValueError(f"signal {signal.source!r} needs an error store, got none")
+        if signal.local and local is None:
+            raise ValueError(f"signal {signal.source!r} needs readings of the hidden stages (local), got none")
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
         self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
-        self.scale = scale
+        self.scale, self.store, self.seed, self.local = scale, store, seed, local
         self.dtype, self.device = working_dtype(model), updater.step.device
-        self.hidden_learn = True  # off on a window's first visit, where there is no error yet
-        self.graphs: dict[bool, GraphedStep] = {}  # by `hidden_learn`
-        self.store = store  # where the signal is delayed
-        self.projection = projection  # [C, rank], see `error_projection`
+        self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit
 
-    def use_graph(self, batch: int) -> bool:
-        """Run steps of `batch` samples as a CUDA graph from now on (see `graphs`); returns False where they cannot be."""
-        linear = all(isinstance(stage, Linear) for stage in self.model.stages)
-        if linear and self.data.device == self.device and (self.store is None or self.store.on_device):
-            slots = min(CHECK_EVERY, KEPT_OUTPUTS // (batch * self.last.out_features) + 1) + 1  # what a Tally keeps waiting
-            self.graphs = {learn: GraphedStep(self._learn, batch, slots, self.device) for learn in (True, False)}
-        return bool(self.graphs)
+    def visit(self, visit: Visit, lr: float) -> Output:
+        """See `Learner`: what is read and written around `learn`."""
+        if visit.window is not None:
+            self.data.load(visit.window)
+        graph = self.graphs.get(visit.teach)
+        if graph is not None and len(visit.index) == graph.batch:
+            return Output(*graph(visit, lr))
+        return self._visit(visit, lr)
 
-    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        graph = self.graphs.get(self.hidden_learn)
-        if graph is not None and len(index) == graph.batch:
-            return graph(index, lr)
-        return self._learn(index, lr)
+    def _visit(self, visit: Visit, lr: float | Tensor) -> Output:
+        x, target = batch(self.data, visit.index, self.dtype, self.device)  # [batch, ...], [M, C]
+        row = self.signal.before(visit, target, self.store)  # [M, R]; None: not known yet
+        hidden = visit.teach != "nothing" and self.signal.source != "none"
+        output, left = self.learn(x, target, row, hidden, lr)
+        self.signal.after(visit, left, target, self.store)
+        return output
 
     @torch.no_grad()
-    def _learn(self, index: Tensor, lr: float | Tensor) -> tuple[Tensor, Tensor]:
-        updater, signal = self.updater, self.signal
-        updater.next_step(lr)
-        x, target = batch(self.data, index, self.dtype, self.device)  # [batch, ...], [M, C]
-        scale = 1 / len(target) if self.scale == "mean" else self.scale
-        kept_stages = []
-        if signal.current:
-            for stage in self.hidden:
-                x, kept = stage.keep(x, updater)
-                kept_stages.append(kept)
-        elif signal.source == "none" or not self.hidden_learn:
-            with autocast(x.device, updater.compute_dtype):
-                for stage in self.hidden:
-                    x = stage(x)
-        else:
-            error = self.reduce(target, target) if self.store is None else self.store.read(index)  # [M, C or rank]
-            if signal.mask and self.projection is None:
-                error = error * target
-            for stage in self.hidden:
-                x = stage.learn(x, error, updater, scale)
-        a, kept = self.last.keep(x, updater)  # [M, C], or [batch, tokens, C]
+    def learn(
+        self, x: Tensor, target: Tensor, row: Tensor | None, hidden: bool, lr: float | Tensor
+    ) -> tuple[Output, Tensor | None]:
+        """One step on `x [batch, ...]`: tensors in, tensors out.
+
+        `target [M, C]`; `row [M, R]` are the errors where they are known before, `hidden` says whether hidden stages learn.
+        Returns the output, and the rows `[M, R]` that the samples leave behind (None where the signal needs none).
+        """
+        step = self.updater.begin(lr, 1 / len(target) if self.scale == "mean" else self.scale)
+        hearing = self.local.begin(target, step) if self.local is not None else None
+        source = "none" if self.local is not None else self.signal.source
+        waiting = []
+        for place, stage in enumerate(self.hidden):
+            with self._drawing(place, stage.draws, step.number):
+                if not hidden:
+                    with autocast(x.device, step.compute_dtype):
+                        x = stage(x)
+                elif hearing is not None:
+                    x = hearing.pass_through(place, stage, x)
+                elif row is not None:
+                    x = stage.learn(x, row, step)
+                else:
+                    x, kept = stage.keep(x, step)
+                    waiting.append((stage, kept))
+        with self._drawing(len(self.hidden), self.last.draws, step.number):
+            a, kept = self.last.keep(x, step, wants_input=hearing is not None)  # [M, C], or [batch, tokens, C]
         shape = a.shape
         if len(shape) > 2:
             a = a.flatten(0, -2)  # [M, C]
-        if a.dtype != self.dtype:
-            a = a.to(self.dtype)
-        gradient, error = updater.ops.output_error(a, target, self.loss, signal.source, signal.link)
-        self.last.finish(kept, gradient.view(shape), updater)
-        if self.store is not None:
-            self.store.write(index, self.reduce(error, target))
-        elif signal.current:
-            error = self.reduce(error, target)
-            if signal.mask and self.projection is None:
-                error = error * target
-            for stage, kept in zip(self.hidden, kept_stages, strict=True):
-                stage.teach(kept, error, updater, scale)
-        return a, target
+        a = a.to(self.dtype)
+        gradient, error, figures = step.ops.output_step(a, target, self.loss, source, self.signal.link)
+        at_input = self.last.finish(kept, gradient.view(shape), step, wants_input=hearing is not None)
+        if hearing is not None:
+            hearing.close(at_input)
+        left = self.signal.kept(error, target) if self.store is not None or self.signal.current else None
+        for stage, kept in waiting:
+            stage.teach(kept, self.signal.taught(left, target), step)
+        return (Output(a, target) if figures is None else Output(None, None, *figures)), left
 
-    def reduce(self, error: Tensor, target: Tensor) -> Tensor:
-        """What is kept of `error [M, C]`: with a projection its product with it `[M, rank]`, after the mask, else all of it."""
-        if self.projection is None:
-            return error
-        return (error * target if self.signal.mask else error) @ self.projection
+    def _drawing(self, place: int, draws: bool, number: int) -> object:
+        """Random numbers of a stage: of the seed, the step and the stage's place, whatever was drawn before and elsewhere."""
+        return drawing(self.device, self.seed, "dropout", number, place) if draws and self.model.training else nullcontext()
 
+    def use_graph(self, batch: int, slots: int) -> bool:
+        """See `Learner`: where all stages are Linear, and data and errors are on the device."""
+        linear = all(isinstance(stage, Linear) for stage in self.model.stages)
+        if linear and self.data.device == self.device and (self.store is None or self.store.on_device):
+            self.graphs = {
+                teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
+            }
+        return bool(self.graphs)
 
-class BackpropLearner:
-    """Backpropagation by autograd with torch's fused optimizer: what F3 is compared with."""
+    def state(self) -> dict[str, Tensor]:
+        """See `Learner`."""
+        return self.updater.state()
 
-    def __init__(self, model: Sequential, data: Data, rule: object, loss: str, compute_dtype: torch.dtype | None) -> None:
-        self.model, self.data, self.loss, self.compute_dtype = model, data, loss, compute_dtype
-        self.dtype, self.device = next(model.parameters()).dtype, next(model.parameters()).device
-        self.optimizer = torch_optimizer(rule, [p for p in model.parameters() if p.requires_grad])
-
-    def step(self, index: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        x, target = batch(self.data, index, self.dtype, self.device)  # [batch, ...], [M, C]
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with autocast(x.device, self.compute_dtype):
-            a = self.model(x)  # [M, C], or [batch, tokens, C]
-        a = a.flatten(0, -2).to(self.dtype)
-        mean_loss(a, target, self.loss).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return a.detach(), target
-
-
-def make_learner(
-    model: Sequential,
-    data: Data,
-    rule: object,
-    ops: ModuleType,
-    device: torch.device,
-    loss: str,
-    signal: Signal | None,
-    scale: float | str,
-    compute_dtype: torch.dtype | None,
-    rounding_seed: int = 0,
-    store: ErrorStore | None = None,
-    projection: Tensor | None = None,
-) -> Learner:
-    """The learner of a signal, with a `store` where that is delayed; backpropagation where it is None."""
-    if signal is None:
-        return BackpropLearner(model, data, rule, loss, compute_dtype)
-    taught = list(model.stages[-1].parameters()) if signal.source == "none" else list(model.parameters())
-    updater = Updater(rule, taught, ops, device, compute_dtype, rounding_seed)
-    return F3Learner(model, data, updater, loss, signal, scale, store, projection)
+    def resumed(self, steps: int) -> None:
+        """See `Learner`."""
+        self.updater.resumed(steps)

@@ -14,7 +14,7 @@ from ..network.linear import Linear
 from ..network.norm import LayerNorm
 from ..network.sequential import Sequential
 from ..network.stage import FEEDBACK_AT, Stage
-from ..network.updater import Updater
+from ..network.updater import Step
 from .transformer import TransformerBlock, as_stage
 
 
@@ -22,8 +22,9 @@ class TokenEmbedding(Stage):
     """Token ids int64 `[M, t]` to vectors `[M, t, dim]`: a learned one for each token plus a learned one for each position.
 
     With a `tied` layer the tokens' vectors are the rows of its weight `[vocabulary, dim]`, which this stage reads and does not
-    update. Without autograd: a token's gradient is the sum of the signals at its places. Raises InputError for more tokens than
-    `context`.
+    update. Without autograd: a token's gradient is the sum of the signals at its places. What is kept for teaching are the ids
+    `[M, t]`, the output `[M, t, dim]`, and the mask of its dropout in the same shape, or None. Raises InputError for more
+    tokens than `context`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class TokenEmbedding(Stage):
             raise InputError(f"a token id is outside 0..{self.vocabulary - 1}, the model's vocabulary") from None
         return tokens + self.position[: x.shape[1]]
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
         h, mask = self._embed(x), None
         self.check_shape(h)
         if self.dropout and self.training:
@@ -68,18 +69,21 @@ class TokenEmbedding(Stage):
             h = h * mask
         return h, (x, h, mask)
 
-    def teach(self, kept: tuple[Tensor, Tensor, Tensor | None], error: Tensor, updater: Updater, scale: float) -> None:
-        _, h, mask = kept
-        gradient = self.signal(error, h, scale)
-        self.finish(kept, gradient if mask is None else gradient * mask, updater)
+    def teach(self, kept: tuple[Tensor, Tensor, Tensor | None], row: Tensor, step: Step) -> None:
+        h = kept[1]
+        self.finish(kept, self.error_signal(row, h, step.scale), step)
 
-    def finish(self, kept: tuple[Tensor, Tensor, Tensor | None], gradient: Tensor, updater: Updater) -> None:
+    def finish(
+        self, kept: tuple[Tensor, Tensor, Tensor | None], gradient: Tensor, step: Step, wants_input: bool = False
+    ) -> None:
+        if kept[2] is not None:
+            gradient = gradient * kept[2]
         if self.weight is not None:  # autograd's own, which is deterministic on every device
             of_tokens = torch.ops.aten.embedding_dense_backward(gradient.contiguous(), kept[0], self.vocabulary, -1, False)
-            updater.apply(self.weight, of_tokens.to(self.weight.dtype))
+            step.apply(self.weight, of_tokens.to(self.weight.dtype))
         of_positions = torch.zeros_like(self.position)
         of_positions[: gradient.shape[1]] = gradient.sum(0)
-        updater.apply(self.position, of_positions)
+        step.apply(self.position, of_positions)
 
 
 class GPT(Sequential):

@@ -16,8 +16,9 @@ class MLP(Sequential):
     """Linear stages of the given `sizes [inputs, hidden, ..., outputs]`, `activation` after each hidden one.
 
     `feedback` is the law of every hidden stage's feedback matrix (a word or a `Feedback`), or a list with a law or a
-    matrix `[outputs, hidden]` for each. The output is linear: its sigmoid or softmax belongs to the loss. Raises
-    InputError for fewer than two sizes or sizes below 1.
+    matrix `[outputs, hidden]` for each. `norm` and `residual` are those of `Linear` stages; a residual is added where sizes are
+    equal. The output is linear: its sigmoid or softmax belongs to the loss. Raises InputError for fewer than two sizes or sizes
+    below 1.
     """
 
     def __init__(
@@ -27,6 +28,8 @@ class MLP(Sequential):
         feedback: str | Feedback | Sequence[str | Feedback | Tensor] = "trinomial",
         bias: bool = True,
         feedback_shape: str = "full",
+        norm: str = "none",
+        residual: bool = False,
     ) -> None:
         sizes = list(sizes)
         if len(sizes) < 2:
@@ -38,13 +41,15 @@ class MLP(Sequential):
         if len(laws) != hidden:
             raise InputError(f"an MLP of {hidden} hidden layers needs {hidden} feedback laws or matrices, got {len(laws)}")
         stages = [
-            Linear(i, o, activation, law, bias, feedback_shape) for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)
+            Linear(i, o, activation, law, bias, feedback_shape, norm, residual and i == o)
+            for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)
         ]
         super().__init__(*stages, Linear(sizes[-2], sizes[-1], bias=bias))
         self.sizes, self.activation = sizes, self.stages[0].activation if hidden else activation
-        self.bias, self.feedback_shape = bias, feedback_shape
+        self.bias, self.feedback_shape, self.norm, self.residual = bias, feedback_shape, norm, residual
 
     def config(self) -> dict[str, object]:
         """What `load` needs to build the same network again."""
         settings = {"activation": self.activation, "bias": self.bias, "feedback_shape": self.feedback_shape}
-        return {"model": "mlp", "sizes": self.sizes, **settings}
+        more = {"norm": self.norm, "residual": self.residual} if self.norm != "none" or self.residual else {}
+        return {"model": "mlp", "sizes": self.sizes, **settings, **more}

@@ -12,10 +12,10 @@ from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..network.block import Block
 from ..network.feedback import Feedback
-from ..network.linear import Linear
+from ..network.linear import Kept, Linear
 from ..network.sequential import Sequential
 from ..network.stage import not_shared
-from ..network.updater import Updater
+from ..network.updater import Step
 from .transformer import TransformerBlock, as_stage
 
 EMBEDDINGS = ("joint", "patch")
@@ -45,7 +45,7 @@ class Embedding(nn.Module):
 
 
 class Readout(Linear):
-    """A Linear stage on all tokens at once (`flatten`) or on their mean."""
+    """A Linear stage on all tokens of `x [M, tokens, dim]`: all in one (`flatten`, `[M, tokens dim]`) or their `mean`."""
 
     def __init__(self, pool: str, *arguments: object, **settings: object) -> None:
         super().__init__(*arguments, **settings)
@@ -57,11 +57,17 @@ class Readout(Linear):
     def compute(self, x: Tensor) -> Tensor:
         return super().compute(self._pooled(x))
 
-    def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
-        return super().learn(self._pooled(x), error, updater, scale)
+    def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
+        return super().learn(self._pooled(x), row, step)
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return super().keep(x if x.dim() == 2 else self._pooled(x), updater)
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
+        h, (rows, slope_from, _) = super().keep(x if x.dim() == 2 else self._pooled(x), step)
+        return h, (rows, slope_from, x.shape)
+
+    def at_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        if self.pool == "flatten" or len(shape) == 2:
+            return gradient.view(shape)
+        return (gradient / shape[1]).unsqueeze(1).expand(shape)
 
 
 class ViT(Sequential):

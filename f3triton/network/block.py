@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ..base.exceptions import InputError
 from ..base.precision import autocast
 from ..kernels import eager
-from . import calls as modes
+from . import inside
 from .feedback import Feedback
-from .linear import Linear, keep_linear, update_linear
+from .linear import Linear, keep_linear
 from .stage import Stage
-from .updater import Updater
+from .updater import Step
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -22,37 +22,46 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: object, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Linear | nn.Linear, activation: str, mode: _Learning
+        ctx: object,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: Linear | nn.Linear,
+        activation: str,
+        learning: _Learning,
     ) -> Tensor:
-        h, kept = keep_linear(layer, x, mode.updater, activation)
-        ctx.save_for_backward(*kept)
-        ctx.layer, ctx.activation, ctx.mode, ctx.shape, ctx.dtype = layer, activation, mode, x.shape, x.dtype
+        h, (rows, slope_from, ctx.shape) = keep_linear(layer, x, learning.step, activation)
+        ctx.save_for_backward(rows, slope_from)
+        ctx.layer, ctx.activation, ctx.learning, ctx.dtype = layer, activation, learning, x.dtype
         return h
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, slope_from = ctx.saved_tensors  # [rows, K], [rows, N]
-        layer, mode = ctx.layer, ctx.mode
+        layer, learning = ctx.layer, ctx.learning
         gradient = gradient.reshape(slope_from.shape).to(slope_from.dtype)
         delta = eager.times_slope(gradient, slope_from, ctx.activation)
         wants_input = ctx.needs_input_grad[0]
         weight_gradient = bias_gradient = None
-        if mode.fused(layer):
-            dx = update_linear(layer, delta, x, mode.updater, wants_input)
+        if not learning.updates:
+            dx = learning.step.input_gradient(layer, delta)
+        elif learning.fused(layer):
+            dx = learning.step.teach(layer, delta, x, wants_input)
         else:  # used twice, or by others too: all of its gradients have to come together before it changes
-            dx = delta @ layer.weight.to(delta.dtype) if wants_input else None
-            weight_gradient, bias_gradient = mode.updater.ops.outer_product(delta, x)
+            dx = learning.step.input_gradient(layer, delta) if wants_input else None
+            weight_gradient, bias_gradient = learning.step.ops.outer_product(delta, x)
             weight_gradient = weight_gradient.to(layer.weight.dtype)
             bias_gradient = None if layer.bias is None else bias_gradient.to(layer.bias.dtype)
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.dtype)
         return dx, weight_gradient, bias_gradient, None, None, None
 
 
-class _Learning(modes.Mode):
-    """The mode of a `Block`'s pass: its linear layers run through `_FusedLinear`."""
+class _Learning(inside.Inside):
+    """How a `Block`'s parts run in a pass that learns: its linear layers run through `_FusedLinear`."""
 
-    def __init__(self, updater: Updater, shared: set[int] | None) -> None:
-        self.updater, self.shared = updater, shared  # ids of parameters with more than one use
+    def __init__(self, step: Step, shared: set[int] | None) -> None:
+        self.step, self.shared = step, shared  # ids of parameters with more than one use
+        self.updates = True  # off while only the input's gradient is asked for
         self.updated: set[int] = set()  # ids of those that were updated inside the backward pass
 
     def run(self, stage: Stage, x: Tensor) -> Tensor:
@@ -99,6 +108,9 @@ def one_tensor(h: object, module: nn.Module) -> Tensor:
     raise InputError(f"the module of a Block must return one tensor, but {type(module).__name__} returned a {type(h).__name__}")
 
 
+Kept = tuple[Tensor, _Learning, Tensor]  # the output under autograd, how its parts learn, and the input
+
+
 class Block(Stage):
     """Any module as a stage: exact gradients inside, seeded at its output with `e B` in the output's shape.
 
@@ -125,25 +137,36 @@ class Block(Stage):
     def compute(self, x: Tensor) -> Tensor:
         return one_tensor(self.module(x), self.module)
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, _Learning]]:
-        mode = _Learning(updater, self.shared)
-        with torch.enable_grad(), autocast(x.device, updater.compute_dtype), modes.active(mode, self.module):
-            h = self.compute(x.detach())
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
+        learning = _Learning(step, self.shared)
+        x = x.detach().requires_grad_() if wants_input else x.detach()
+        with torch.enable_grad(), autocast(x.device, step.compute_dtype), inside.active(learning, self.module):
+            h = self.compute(x)
         self.check_shape(h)
         if self.shared is None and h.requires_grad:
-            self.shared = mode.shared = _used_again(h)
-        return h.detach(), (h, mode)
+            self.shared = learning.shared = _used_again(h)
+        return h.detach(), (h, learning, x)
 
-    def teach(self, kept: tuple[Tensor, _Learning], error: Tensor, updater: Updater, scale: float) -> None:
-        self._backward(kept, self.signal(error, kept[0], scale), updater)
+    def teach(self, kept: Kept, row: Tensor, step: Step) -> None:
+        self._backward(kept, self.error_signal(row, kept[0], step.scale), step)
 
-    def finish(self, kept: tuple[Tensor, _Learning], gradient: Tensor, updater: Updater) -> None:
+    def finish(self, kept: Kept, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:
         if kept[0].dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
             raise InputError("a Block as last stage needs more range than float16 has; use precision 'bfloat16', or a Linear")
-        self._backward(kept, gradient, updater)
+        self._backward(kept, gradient, step)
+        return kept[2].grad if wants_input else None
 
-    def _backward(self, kept: tuple[Tensor, _Learning], gradient: Tensor, updater: Updater) -> None:
-        h, mode = kept
+    def back(self, kept: Kept, gradient: Tensor, step: Step) -> Tensor:
+        h, learning, x = kept
+        learning.updates = False
+        try:
+            with inside.active(learning, self.module):
+                return torch.autograd.grad(h, x, gradient.to(h.dtype), retain_graph=True)[0]
+        finally:
+            learning.updates = True
+
+    def _backward(self, kept: Kept, gradient: Tensor, step: Step) -> None:
+        h, learning, _ = kept
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return
@@ -152,18 +175,18 @@ class Block(Stage):
 
         def update(parameter: nn.Parameter) -> None:
             if parameter.grad is not None:  # it is, where a linear layer was updated already
-                if id(parameter) in mode.updated:
+                if id(parameter) in learning.updated:
                     raise InputError(
                         f"the module of a Block, {type(self.module).__name__}, uses a weight more often than before"
                     )
-                updater.apply(parameter, parameter.grad)
+                step.apply(parameter, parameter.grad)
                 parameter.grad = None
 
         for p in parameters:
             p.grad = None  # should the user have left one there
         handles = [p.register_post_accumulate_grad_hook(update) for p in parameters]
         try:
-            with modes.active(mode, self.module):  # activation checkpoints inside run forward again
+            with inside.active(learning, self.module):  # activation checkpoints inside run forward again
                 torch.autograd.backward(h, gradient.to(h.dtype))
         finally:
             for handle in handles:

@@ -7,36 +7,36 @@ from torch import Tensor, nn
 from ..base.exceptions import InputError
 from ..base.precision import autocast
 from ..base.seeds import derived_seed
-from . import calls as modes
+from . import inside
 from .block import one_tensor
 from .stage import Stage
-from .updater import Updater
+from .updater import Step
 
 
-class _Teaching(modes.Mode):
+class _Teaching(inside.Inside):
     """Every stage inside learns from the error while the forward pass goes through it."""
 
-    def __init__(self, error: Tensor, updater: Updater, scale: float) -> None:
-        self.error, self.updater, self.scale = error, updater, scale
+    def __init__(self, row: Tensor, step: Step) -> None:
+        self.row, self.step = row, step
 
     def run(self, stage: Stage, x: Tensor) -> Tensor:
-        return stage.learn(x, self.error, self.updater, self.scale)
+        return stage.learn(x, self.row, self.step)
 
 
-class _Keeping(modes.Mode):
+class _Keeping(inside.Inside):
     """Every stage inside keeps what it needs to be taught later."""
 
-    def __init__(self, updater: Updater) -> None:
-        self.updater = updater
+    def __init__(self, step: Step) -> None:
+        self.step = step
         self.kept: list[tuple[Stage, object]] = []
 
     def run(self, stage: Stage, x: Tensor) -> Tensor:
-        h, kept = stage.keep(x, self.updater)
+        h, kept = stage.keep(x, self.step)
         self.kept.append((stage, kept))
         return h
 
 
-class _Preparing(modes.Mode):
+class _Preparing(inside.Inside):
     """Every stage inside draws its own feedback matrix."""
 
     def __init__(self, outputs: int, seed: int | None, positions: int) -> None:
@@ -68,7 +68,7 @@ class Layers(Stage):
 
     def prepare(self, x: Tensor, outputs: int, seed: int | None, positions: int = 1) -> Tensor:
         preparing = _Preparing(outputs, seed, positions)
-        with modes.active(preparing, self.module):
+        with inside.active(preparing, self.module):
             h = self.compute(x)
         taught = {id(p) for stage in preparing.seen for p in stage.parameters()}
         for name, p in self.named_parameters():
@@ -79,19 +79,19 @@ class Layers(Stage):
         self.output_shape = h.shape[1:]
         return h
 
-    def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
-        with autocast(x.device, updater.compute_dtype), modes.active(_Teaching(error, updater, scale), self.module):
+    def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
+        with autocast(x.device, step.compute_dtype), inside.active(_Teaching(row, step), self.module):
             return self.compute(x)
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, list[tuple[Stage, object]]]:
-        keeping = _Keeping(updater)
-        with autocast(x.device, updater.compute_dtype), modes.active(keeping, self.module):
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, list[tuple[Stage, object]]]:
+        keeping = _Keeping(step)
+        with autocast(x.device, step.compute_dtype), inside.active(keeping, self.module):
             h = self.compute(x)
         return h, keeping.kept
 
-    def teach(self, kept: list[tuple[Stage, object]], error: Tensor, updater: Updater, scale: float) -> None:
+    def teach(self, kept: list[tuple[Stage, object]], row: Tensor, step: Step) -> None:
         for stage, own in kept:
-            stage.teach(own, error, updater, scale)
+            stage.teach(own, row, step)
 
-    def finish(self, kept: object, gradient: Tensor, updater: Updater) -> None:
+    def finish(self, kept: object, gradient: Tensor, step: Step, wants_input: bool = False) -> None:
         raise InputError("Layers cannot be the last stage, which needs an exact gradient; use a Linear or a Block")

@@ -13,9 +13,12 @@ from ..base.exceptions import InputError
 from ..kernels import eager
 from ..kernels.reference import ACTIVATIONS
 from .feedback import Feedback
-from .stage import Stage
-from .updater import Updater
+from .stage import NORM_EPS, Stage, through_norm
+from .updater import Step
 
+# the input `[rows, K]`, what the slope comes from `[rows, N]`, and the input's own shape
+Kept = tuple[Tensor, Tensor, torch.Size]
+NORMS = ("none", "layer")
 KEEPS_OUTPUT = ("identity", "tanh", "sigmoid", "relu")  # their slopes come from the output; those of others from its input
 
 
@@ -39,8 +42,12 @@ class Linear(Stage):
     """`h = phi(x W^T + b)`, with torch's default initialisation; updated by the outer product of `(e B) * phi'(a)` and `x`.
 
     `x` is `[..., in_features]`, `h` `[..., out_features]`. `activation` is one of identity, tanh, sigmoid, relu, gelu,
-    gelu-tanh, silu. Raises InputError for sizes below 1, unknown words, or an input of another shape.
+    gelu-tanh, silu. After it comes, with `norm` layer, a layer normalisation without scale and shift, and then, with
+    `residual`, `x` is added; errors and gradients at `h` go through both. Raises InputError for sizes below 1, unknown words, a
+    residual between different sizes, or an input of another shape.
     """
+
+    draws = False
 
     def __init__(
         self,
@@ -50,8 +57,13 @@ class Linear(Stage):
         feedback: str | Feedback | Tensor = "trinomial",
         bias: bool = True,
         feedback_shape: str = "full",
+        norm: str = "none",
+        residual: bool = False,
     ) -> None:
         super().__init__(feedback, feedback_shape)
+        self.norm, self.residual = check_word("norm", norm, NORMS), residual
+        if residual and in_features != out_features:
+            raise InputError(f"a residual needs as many inputs as outputs, got {in_features} and {out_features}")
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} of a Linear stage must be a whole number of at least 1, got {value!r}")
@@ -68,89 +80,83 @@ class Linear(Stage):
 
     def compute(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        return self._act(functional.linear(x, self.weight, self.bias))
+        return self._output(self._act(functional.linear(x, self.weight, self.bias)), x)
 
-    def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
-        u = updater
-        shape = x.shape[:-1]
-        direct = self.feedback_at == "output" and self.feedback.shape[1] == self.out_features and len(error) == shape.numel()
-        if not direct:
-            return super().learn(x, error, updater, scale)
-        if u.compute_dtype is not None:
-            x = x.to(u.compute_dtype)
-        h = u.ops.linear_step_(
-            x if x.dim() == 2 else x.flatten(0, -2),
-            self.weight,
-            self.bias,
-            error,
-            self.feedback,
-            u.rule,
-            u.moments(self.weight),
-            u.moments(self.bias),
-            u.lr,
-            u.step,
-            self.activation,
-            scale,
-            **u.halves(self.weight),
-        )
-        return h if x.dim() == 2 else h.view(*shape, -1)
+    def _output(self, h: Tensor, x: Tensor) -> Tensor:
+        """What the stage gives for an activation `h`, normalised and added to its input `x`."""
+        if self.norm == "layer":
+            h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS)
+        return x + h if self.residual else h
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        h, kept = keep_linear(self, x, updater, self.activation)
+    def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
+        leading = x.shape[:-1]
+        whole = self.feedback.shape[1] == self.out_features and len(row) == leading.numel()
+        if self.feedback_at != "output" or self.norm != "none" or not whole:
+            return super().learn(x, row, step)
+        h = step.learn(self, as_matrix(x, step), row, self.feedback, self.activation)
+        h = h if len(leading) == 1 else h.view(*leading, -1)
+        return x + h if self.residual else h
+
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
+        h, kept = keep_linear(self, x, step, self.activation)
+        h = self._output(h, x)
         if h.dim() > 2:
             self.check_shape(h)
         return h, kept
 
-    def teach(self, kept: tuple[Tensor, Tensor], error: Tensor, updater: Updater, scale: float) -> None:
-        slope_from = kept[1]  # [rows, N]
-        h = slope_from if self.feedback_at == "output" or self.activation in KEEPS_OUTPUT else self._act(slope_from)
+    def teach(self, kept: Kept, row: Tensor, step: Step) -> None:
+        h = self._activation(kept) if self.feedback_at == "normalised" else kept[1]  # [rows, N]
         h = h if self.output_shape is None else h.view(-1, *self.output_shape)
-        self._update(kept, self.signal(error, h, scale).reshape(slope_from.shape), updater)
+        self._update(kept, self.error_signal(row, h, step.scale), step)
 
-    def finish(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
-        if kept[0].dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
-            kept = kept[0].float(), kept[1].float()
-        self._update(kept, gradient.reshape(kept[1].shape), updater)
+    def finish(self, kept: Kept, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:
+        x, slope_from, shape = kept
+        if x.dtype == torch.float16:  # a mean over batch and outputs would fall below float16's smallest numbers
+            kept = x.float(), slope_from.float(), shape
+        return self._update(kept, gradient, step, wants_input)
 
-    def _update(self, kept: tuple[Tensor, Tensor], gradient: Tensor, updater: Updater) -> None:
-        x, slope_from = kept
-        if gradient.dtype != slope_from.dtype:
-            gradient = gradient.to(slope_from.dtype)
-        update_linear(self, eager.times_slope(gradient, slope_from, self.activation), x, updater, wants_input=False)
+    def back(self, kept: Kept, gradient: Tensor, step: Step) -> Tensor:
+        dx = self.at_input(step.input_gradient(self, self._delta(kept, gradient)), kept[2])
+        return gradient + dx if self.residual else dx
+
+    def at_input(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient `[rows, K]` of the product's input, for a stage's input of that shape."""
+        return gradient.view(shape)
+
+    def _activation(self, kept: Kept) -> Tensor:
+        """`phi(a)  [rows, N]` of a forward pass that was kept."""
+        return kept[1] if self.activation in KEEPS_OUTPUT else self._act(kept[1])
+
+    def _delta(self, kept: Kept, gradient: Tensor) -> Tensor:
+        """The gradient `[rows, N]` at the product, for one at the stage's output."""
+        gradient = gradient.reshape(kept[1].shape).to(kept[1].dtype)
+        if self.norm == "layer":
+            gradient = through_norm(gradient, self._activation(kept))
+        return eager.times_slope(gradient, kept[1], self.activation)
+
+    def _update(self, kept: Kept, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:
+        dx = step.teach(self, self._delta(kept, gradient), kept[0], wants_input)
+        if dx is None:
+            return None
+        dx = self.at_input(dx, kept[2])
+        return gradient + dx if self.residual else dx
 
     def extra_repr(self) -> str:
         law = "given" if self.feedback_law is None else self.feedback_law.law
         sizes = f"{self.in_features}, {self.out_features}"
-        return f"{sizes}, activation={self.activation!r}, feedback={law!r}, bias={self.bias is not None}"
+        more = f", norm={self.norm!r}" * (self.norm != "none") + ", residual=True" * self.residual
+        return f"{sizes}, activation={self.activation!r}, feedback={law!r}, bias={self.bias is not None}{more}"
 
 
-def keep_linear(
-    layer: Linear | nn.Linear, x: Tensor, updater: Updater, activation: str = "identity"
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def as_matrix(x: Tensor, step: Step) -> Tensor:
+    """`x [..., K]` as `[rows, K]`, in the type of the step's products."""
+    if step.compute_dtype is not None:
+        x = x.to(step.compute_dtype)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def keep_linear(layer: Linear | nn.Linear, x: Tensor, step: Step, activation: str = "identity") -> tuple[Tensor, Kept]:
     """The output for `x [..., K]`, and what an update needs, as matrices: the input, and what the slope comes from."""
-    if updater.compute_dtype is not None:
-        x = x.to(updater.compute_dtype)
-    leading = x.shape[:-1]
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    weight = updater.halves(layer.weight).get("shadow", layer.weight)
-    h, kept = updater.ops.linear_keep(x, weight, layer.bias, activation)
-    return h if len(leading) == 1 else h.view(*leading, -1), (x, kept)
-
-
-def update_linear(layer: Linear | nn.Linear, delta: Tensor, x: Tensor, updater: Updater, wants_input: bool) -> Tensor | None:
-    """Update from `delta^T x`; with `wants_input` returns the input's gradient `delta W`, taken from the old weight."""
-    u = updater
-    operation = u.ops.linear_backward_update_ if wants_input else u.ops.outer_product_update_
-    return operation(
-        layer.weight,
-        layer.bias,
-        delta,
-        x,
-        u.rule,
-        u.moments(layer.weight),
-        u.moments(layer.bias),
-        u.lr,
-        u.step,
-        **u.halves(layer.weight),
-    )
+    rows = as_matrix(x, step)
+    h, slope_from = step.forward(layer, rows, activation)
+    return h if x.dim() == 2 else h.view(*x.shape[:-1], -1), (rows, slope_from, x.shape)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from .feedback import Feedback
 from .stage import Stage
-from .updater import Updater
+from .updater import Step
 
 
 class LayerNorm(Stage):
@@ -28,21 +28,31 @@ class LayerNorm(Stage):
     def compute(self, x: Tensor) -> Tensor:
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, Tensor]:
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         normal = self.normalise(x)
         h = normal * self.weight if self.bias is None else torch.addcmul(self.bias, normal, self.weight)
         self.check_shape(h)
-        return h, normal
+        return h, (normal, x if wants_input else None)
 
-    def teach(self, kept: Tensor, error: Tensor, updater: Updater, scale: float) -> None:
-        h = kept if self.feedback_at == "output" else kept * self.weight + self.bias
-        self.finish(kept, self.signal(error, h, scale), updater)
+    def teach(self, kept: tuple[Tensor, Tensor | None], row: Tensor, step: Step) -> None:
+        normal = kept[0]
+        h = normal if self.feedback_at == "output" else normal * self.weight + self.bias
+        self.finish(kept, self.error_signal(row, h, step.scale), step)
 
-    def finish(self, kept: Tensor, gradient: Tensor, updater: Updater) -> None:
-        gradient, normal = gradient.reshape(-1, len(self.weight)), kept.reshape(-1, len(self.weight))  # [rows, features]
-        updater.apply(self.weight, (gradient * normal).sum(0).to(self.weight.dtype))
+    def back(self, kept: tuple[Tensor, Tensor | None], gradient: Tensor, step: Step) -> Tensor:
+        with torch.enable_grad():
+            x = kept[1].detach().requires_grad_()
+            return torch.autograd.grad(self.normalise(x), x, gradient * self.weight)[0]
+
+    def finish(
+        self, kept: tuple[Tensor, Tensor | None], gradient: Tensor, step: Step, wants_input: bool = False
+    ) -> Tensor | None:
+        dx = self.back(kept, gradient, step) if wants_input else None
+        gradient, normal = gradient.reshape(-1, len(self.weight)), kept[0].reshape(-1, len(self.weight))  # [rows, features]
+        step.apply(self.weight, (gradient * normal).sum(0).to(self.weight.dtype))
         if self.bias is not None:
-            updater.apply(self.bias, gradient.sum(0).to(self.bias.dtype))
+            step.apply(self.bias, gradient.sum(0).to(self.bias.dtype))
+        return dx
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"

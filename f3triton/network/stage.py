@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..kernels import eager
 from ..kernels.generated import GeneratedFeedback
-from .calls import Mode
 from .feedback import Feedback
-from .updater import Updater
+from .inside import Part
+from .updater import Step
 
 FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
 
@@ -28,7 +28,7 @@ def not_shared(feedback_shape: str) -> str:
     return "generated" if feedback_shape.endswith("generated") else "full"
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """A part of a network that learns on its own. Subclasses: `Linear`, `LayerNorm`, `Block`, `Layers`.
 
     `feedback` is a law (a word or a `Feedback`) or the matrix itself; `feedback_matrix` is the drawn one, `[C, units]`. With
@@ -41,6 +41,7 @@ class Stage(nn.Module):
     """
 
     feedback_at = "output"
+    draws = True  # whether running it may draw random numbers (dropout)
 
     def __init__(self, feedback: str | Feedback | Tensor, feedback_shape: str = "full") -> None:
         super().__init__()
@@ -48,19 +49,11 @@ class Stage(nn.Module):
         self.register_buffer("feedback_matrix", None, persistent=False)
         self.generated: GeneratedFeedback | None = None  # instead of the matrix
         self.output_shape: torch.Size | None = None  # of a sample, known after `prepare`
-        self.mode: Mode | None = None  # set while the stage is a part of another one that learns
         if isinstance(feedback, Tensor):
             self.feedback_law = None
             self.feedback_matrix = feedback.detach().clone()
         else:
             self.feedback_law = feedback if isinstance(feedback, Feedback) else Feedback(feedback)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x) if self.mode is None else self.mode.run(self, x)
-
-    def compute(self, x: Tensor) -> Tensor:
-        """The output for `x [M, ...]`, and nothing else."""
-        raise NotImplementedError
 
     def prepare(self, x: Tensor, outputs: int, seed: int | None, positions: int = 1) -> Tensor:
         """Run `x [1, ...]` through, and draw the feedback matrix for errors of width `outputs`, `positions` a sample.
@@ -109,12 +102,13 @@ class Stage(nn.Module):
         else:  # whole numbers stay as they are: a quarter of the memory, and the kernels read them
             self.feedback_matrix = self.feedback_matrix.to(like.device)
 
-    def signal(self, error: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
+    def error_signal(self, row: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
         """What teaches the output `h`, in its shape: `scale (e B)`, at `h` or before its normalisation (see `feedback_at`).
 
-        `error` has a row for each sample, or for each of its tokens.
+        `row [rows, R]` holds the errors `e`, one for each of the M samples of `h [M, ...]`, or for each of their tokens; R is
+        the number of outputs, or the rank of the errors.
         """
-        signal = self._project(error, h, scale)
+        signal = self._project(row, h, scale)
         return signal if self.feedback_at == "output" else through_norm(signal, h)
 
     def _project(self, error: Tensor, h: Tensor, scale: float) -> Tensor:
@@ -131,23 +125,33 @@ class Stage(nn.Module):
         errors = rearrange(error.to(h.dtype), "(m t) c -> t m c", m=len(h))
         return rearrange(errors @ by_position, "t m d -> m t d") * scale
 
-    def learn(self, x: Tensor, error: Tensor, updater: Updater, scale: float) -> Tensor:
-        """Run forward on `x [M, ...]` and learn from `error [M, C]`; returns the output from before the update."""
-        h, kept = self.keep(x, updater)
-        self.teach(kept, error, updater, scale)
+    def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
+        """Run forward on `x [M, ...]` and learn from the errors `row [rows, R]`; returns the output from before the update."""
+        h, kept = self.keep(x, step)
+        self.teach(kept, row, step)
         return h
 
-    def keep(self, x: Tensor, updater: Updater) -> tuple[Tensor, object]:
-        """Run forward and keep what `teach` needs, for signals that come only after the whole forward pass (DFA)."""
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, object]:
+        """Run forward on `x [M, ...]`; returns the output and what the methods below need, whatever that is.
+
+        `wants_input`: whether the gradient at the input will be asked for, by `finish` or `back`.
+        """
         raise NotImplementedError
 
-    def teach(self, kept: object, error: Tensor, updater: Updater, scale: float) -> None:
-        """Update from `scale (e B)` at the output of a forward pass that was kept."""
+    def teach(self, kept: object, row: Tensor, step: Step) -> None:
+        """Update from `step.scale (e B)` at the output of a forward pass that was kept, `row [rows, R]` being the errors."""
         raise NotImplementedError
 
-    def finish(self, kept: object, gradient: Tensor, updater: Updater) -> None:
-        """Update a last stage from the exact gradient at its output, in the output's shape."""
+    def finish(self, kept: object, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:
+        """Update from the exact gradient at the output of a forward pass that was kept, in the output's shape.
+
+        With `wants_input`, which `keep` has to be told too, returns the gradient at the input, by the weights from before.
+        """
         raise NotImplementedError
+
+    def back(self, kept: object, gradient: Tensor, step: Step) -> Tensor:
+        """The gradient at the input of a forward pass that was kept with `wants_input`; nothing is updated."""
+        raise InputError(f"a {type(self).__name__} passes no gradient to the stage before it; its errors cannot be local")
 
 
 def through_norm(gradient: Tensor, h: Tensor) -> Tensor:

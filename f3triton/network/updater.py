@@ -1,7 +1,13 @@
-"""Update rules: settings by name, and the moments of a model's parameters. The arithmetic is in the kernels."""
+"""Update rules at work: by name, and on the parameters of a network. The only caller of the kernels' updates.
+
+An `Updater` keeps what belongs to each parameter between steps; the `Step` that it begins is handed to the stages, which ask it
+for products, updates and nothing else.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -11,10 +17,13 @@ from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed
 from ..kernels.eager import FUSED_DEVICES
-from ..kernels.rules import SGD, Adam, AdamW, Moments, Rule, new_moments
+from ..kernels.generated import GeneratedFeedback
+from ..kernels.rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
 RULES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 DEFAULT_LR = {"sgd": 1e-2, "adam": 5e-4, "adamw": 5e-4}
+
+Layer = nn.Module  # with `weight [out, in]` and `bias [out]` or None: a Linear of ours, or torch's
 
 
 def make_rule(name: str | Rule, **settings: object) -> Rule:
@@ -51,58 +60,115 @@ def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.O
     return optimizer(parameters, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=fused)
 
 
-class Updater:
-    """A rule at work: the moments of every parameter, the step count, and the operations that do the arithmetic.
+class Step:
+    """One step's updates, of the parameters that the updater has a state for.
 
-    `lr` is the learning rate of the coming step, a number or a scalar on the device; `step` counts steps from 1 and lives
-    on the device (float32 scalar), so that counting costs no synchronisation. `compute_dtype` is the type in which products
-    are formed, None for the parameters' own; `rounding_seed` is where the bits come from by which parameters in bfloat16 are
-    rounded.
+    `compute_dtype` is the type in which products are formed, None for the parameters' own; `scale` is a factor on the error
+    signals of hidden stages; `number` counts steps from 1.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        parameters: list[nn.Parameter],
-        ops: ModuleType,
-        device: torch.device,
-        compute_dtype: torch.dtype | None = None,
-        rounding_seed: int = 0,
-    ) -> None:
-        self.rule, self.ops, self.compute_dtype = rule, ops, compute_dtype
-        self.lr: float | Tensor = rule.lr
-        self.step = torch.zeros((), device=device)
-        self._one = torch.ones((), device=device)  # adding a tensor is faster than adding a number
-        self._moments: dict[nn.Parameter, Moments] = {p: new_moments(p, rule) for p in parameters if p.requires_grad}
-        self._halves: dict[nn.Parameter, dict[str, int | Tensor]] = {}
-        for position, p in enumerate(self._moments):
-            seed = derived_seed(rounding_seed, position) & 0x7FFFFFFF
-            self._halves[p] = {"seed": seed} if p.dtype == torch.bfloat16 else {}
-        self._shadows = compute_dtype is not None and getattr(ops, "READS_SHADOWS", False)
+    __slots__ = ("_shadows", "_states", "compute_dtype", "number", "ops", "scale", "update")
 
-    def next_step(self, lr: float | Tensor) -> None:
-        """Begin a step: its learning rate, and one more on the counter."""
-        self.lr = lr
-        self.step.add_(self._one)
+    def __init__(self, updater: Updater, lr: float | Tensor, scale: float) -> None:
+        self._states, self._shadows = updater.states, updater.shadows
+        self.ops, self.compute_dtype, self.number, self.scale = updater.ops, updater.compute_dtype, updater.number, scale
+        self.update = Update(updater.rule, lr, updater.step, updater.seed)
 
-    def moments(self, parameter: nn.Parameter | None) -> Moments:
-        """The buffers of one parameter, in the rule's order; none for a missing bias."""
-        return () if parameter is None else self._moments[parameter]
+    def _state(self, parameter: nn.Parameter | None) -> State | None:
+        return None if parameter is None else self._states[parameter]
 
-    def halves(self, weight: nn.Parameter) -> dict[str, int | Tensor]:
-        """What half precision adds to an operation on a linear layer's weight: the seed of its rounding, or its shadow.
+    def _weight(self, weight: nn.Parameter) -> State:
+        """The state of a linear layer's weight, with its copy in half precision where the operations read one.
 
-        The shadow is made when it is first asked for, so after any change of the weight from outside.
+        The copy is made when it is first asked for, so after any change of the weight from outside.
         """
-        found = self._halves[weight]
-        if self._shadows and not found and weight.dtype != self.compute_dtype:
-            found["shadow"] = weight.detach().to(self.compute_dtype)
-        return found
+        state = self._states[weight]
+        if self._shadows and state.shadow is None and weight.dtype not in (self.compute_dtype, torch.bfloat16):
+            state.shadow = weight.detach().to(self.compute_dtype)
+        return state
+
+    def forward(self, layer: Layer, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """`(h [rows, N], kept [rows, N])` for `x [rows, K]`: the layer's output, and what `times_slope` needs of it."""
+        state = self._states.get(layer.weight)
+        weight = layer.weight if state is None or self._weight(layer.weight).shadow is None else state.shadow
+        return self.ops.linear_keep(x, weight, layer.bias, activation)
+
+    def learn(self, layer: Layer, x: Tensor, row: Tensor, feedback: Tensor | GeneratedFeedback, activation: str) -> Tensor:
+        """The output for `x [rows, K]` from before the update by `scale (e B) * phi'(a)`, with `row` the `e [rows, R]`."""
+        states = self._weight(layer.weight), self._state(layer.bias)
+        return self.ops.linear_step_(x, layer.weight, layer.bias, row, feedback, *states, self.update, activation, self.scale)
+
+    def teach(self, layer: Layer, delta: Tensor, x: Tensor, wants_input: bool = False) -> Tensor | None:
+        """Update from `delta^T x` (`delta [rows, N]`, `x [rows, K]`).
+
+        With `wants_input` returns the input's gradient `delta W  [rows, K]`, taken from the old weight.
+        """
+        operation = self.ops.linear_backward_update_ if wants_input else self.ops.outer_product_update_
+        states = self._weight(layer.weight), self._state(layer.bias)
+        return operation(layer.weight, layer.bias, delta, x, *states, self.update)
+
+    def input_gradient(self, layer: Layer, delta: Tensor) -> Tensor:
+        """`delta W  [rows, K]`, and no update."""
+        weight = layer.weight if layer.weight not in self._states else self._weight(layer.weight).shadow
+        return delta @ (layer.weight if weight is None else weight).to(delta.dtype)
 
     @torch.no_grad()
     def apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """One parameter's update from its gradient, in place."""
-        halves = self._halves[parameter]
-        self.ops.update_(parameter, gradient, self._moments[parameter], self.rule, self.lr, self.step, halves.get("seed"))
-        if "shadow" in halves:
-            halves["shadow"].copy_(parameter)
+        self.ops.update_(parameter, gradient, self._states[parameter], self.update)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How updates are computed: the rule, the operations (a backend) and their device, the type of products (None: the
+    parameters' own), and the seed of the bits by which bfloat16 parameters are rounded."""
+
+    rule: Rule
+    ops: ModuleType
+    device: torch.device
+    compute_dtype: torch.dtype | None = None
+    seed: int = 0
+
+
+class Updater:
+    """A rule at work on a network: the state of every parameter, and the count of steps.
+
+    `taught` are the parameters that learn, all of the model's by default. A parameter's random bits are keyed by the seed and
+    by its place among all parameters of `model`. The count of steps is an int64 scalar on the device: counting costs no
+    synchronisation.
+    """
+
+    def __init__(self, model: nn.Module, how: Arithmetic, taught: Iterable[nn.Parameter] | None = None) -> None:
+        self.rule, self.ops, self.compute_dtype = how.rule, how.ops, how.compute_dtype
+        self.seed = derived_seed(how.seed, "rounding") & 0x7FFFFFFF
+        self.shadows = how.compute_dtype is not None and how.ops.READS_SHADOWS
+        self.step, self.number = torch.zeros((), dtype=torch.int64, device=how.device), 0
+        self._one = torch.ones((), dtype=torch.int64, device=how.device)  # adding a tensor is faster than adding a number
+        learns = {id(p) for p in (model.parameters() if taught is None else taught) if p.requires_grad}
+        self.states: dict[nn.Parameter, State] = {}
+        self._names: list[str] = []  # of the states' parameters
+        for place, (name, p) in enumerate(model.named_parameters()):
+            if id(p) in learns:
+                self.states[p] = new_state(p, how.rule, place)
+                self._names.append(name)
+
+    def begin(self, lr: float | Tensor, scale: float = 1.0) -> Step:
+        """Count a step, and begin it with a learning rate (a number, or a scalar on the device)."""
+        self.number += 1
+        self.step.add_(self._one)
+        return Step(self, lr, scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments by the parameters' names, and the count of steps under the empty name: the very tensors in use."""
+        moments = {
+            f"{name}.{i}": moment
+            for name, state in zip(self._names, self.states.values(), strict=True)
+            for i, moment in enumerate(state.moments)
+        }
+        return moments | {"": self.step}
+
+    def resumed(self, steps: int) -> None:
+        """Tell the host, after the tensors of `state` were filled, how many steps were done; the weights may have changed."""
+        self.number = steps
+        for state in self.states.values():
+            state.shadow = None

@@ -1,23 +1,35 @@
-"""What a run will need, by arithmetic: shapes, parameters, FLOPs a step, and memory by what it is for."""
+"""What a run will need, of any network: shapes, parameters, FLOPs a step, and memory by what it is for.
+
+Counted on tensors that have a shape but no memory, so before anything is allocated.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..base.precision import FLOAT32, Precision
 from ..base.text import readable_bytes
 from ..kernels.eager import SCRATCH
 from ..kernels.rules import Rule
 from ..learn.signal import Signal
+from ..network.feedback import error_projection
+from ..network.layers import Layers
+from ..network.linear import Linear
+from ..network.sequential import Sequential
+from ..network.stage import Stage
 
 
 @dataclass(frozen=True)
 class Budget:
     """The needs of a network's training. `flops` are those of one step's products, `memory` bytes by purpose."""
 
-    layers: list[str]  # a table for people, a line a layer
+    stages: list[str]  # a table for people, a line a stage
     parameters: int
     flops: int
     memory: dict[str, int]
@@ -28,72 +40,165 @@ class Budget:
         return sum(self.memory.values())
 
 
-def mlp_budget(
-    sizes: Sequence[int],
-    batch: int,
-    samples: int,
+def estimate(
+    network: Sequential,
+    x: Tensor,
     rule: Rule,
     signal: Signal | None,
     types: Precision = FLOAT32,
+    rank: int | None = None,
+    error_bytes: int = 0,
     data_bytes: int = 0,
-    bias: bool = True,
-    error_bytes: int | None = None,
-    error_width: int | None = None,
 ) -> Budget:
-    """The budget of an MLP of `sizes [inputs, hidden, ..., C]`, by `signal` (None: backpropagation).
+    """The budget of a network on the meta device for batches like `x [M, ...]`, on it as well, by `signal` (None:
+    backpropagation). Errors have `rank` entries where that is given, else one for each of the C outputs; `error_bytes` and
+    `data_bytes` are those of the error store and of the data set in memory. Raises InputError for a rank that C does not have.
 
-    Matrix products of a layer with K inputs and N outputs (batch M, error width C): forward 2MKN; weight gradient 2MKN;
-    feedback 2MCN in F3; input gradient 2MKN in backpropagation, but for the first layer. Activations count the tensors
-    alive at once: one layer's input, output and error signal in F3; every layer's in backpropagation and DFA.
-    `error_bytes` are those of the error store in memory, where that is not a row of the working type for each sample;
-    `error_width` is C where that is not the number of outputs.
+    Of a Linear stage with K inputs and N outputs, at M rows: forward 2MKN; weight gradient 2MKN; feedback 2MCN in F3; input
+    gradient 2MKN in backpropagation, but for the first stage. Of any other, what torch counts. Activations are the stage's
+    input and output, what its own gradients need in between, and the signal at the output: of the stage that needs most in F3,
+    of all stages in backpropagation and DFA. Gradients: of everything in backpropagation, else of the largest parameter, or of
+    as many rows of it as a fused update takes at a time.
     """
-    layers = list(itertools.pairwise(sizes))
-    hidden, classes = layers[:-1], error_width or sizes[-1]
-    weights = [k * n for k, n in layers]
-    parameters = sum(weights) + (sum(n for _, n in layers) if bias else 0)
-    forward = sum(2 * batch * weight for weight in weights)
-    feedback_flops = sum(2 * batch * classes * n for _, n in hidden)
-    every_layer = batch * (sizes[0] + sum(n for _, n in layers))
-    largest = max(batch * (k + 2 * n) for k, n in layers)
-    scratch = max(min(weight, max(k, SCRATCH)) for weight, (k, _) in zip(weights, layers, strict=True))
-    feedback = sum(classes * n for _, n in hidden)
-    taught = parameters
+    from torch.utils.flop_counter import FlopCounterMode  # half a second
 
-    if signal is None:
-        flops = 3 * forward - 2 * batch * weights[0]
-        feedback, activations, gradients = 0, every_layer + batch * max(sizes[1:]), parameters
-    elif signal.source == "none":
-        flops, feedback = forward + 2 * batch * weights[-1], 0
-        activations, gradients = largest, scratch
-        taught = weights[-1] + (classes if bias else 0)
-    else:
-        flops = 2 * forward + feedback_flops
-        activations = every_layer + batch * max(sizes[1:]) if signal.current else largest
-        gradients = scratch
-    weight, state, product = types.parameters.itemsize, types.working.itemsize, (types.products or types.working).itemsize
-    if error_bytes is None:
-        error_bytes = samples * classes * state if signal is not None and signal.delayed else 0
-    table = ["layer    inputs  outputs   parameters"]
-    table += [f"{number:5d} {k:9,d} {n:8,d} {k * n + n:12,d}" for number, (k, n) in enumerate(layers, 1)]
+    network = copy.deepcopy(network).train()
+    teaches = signal is None or signal.source != "none"  # the hidden stages
+    waits = signal is None or signal.current  # for the output, and keeps everything until then
+    known = _storages(network.parameters())
+    alive: dict[int, torch.UntypedStorage] = {}
+    activations, largest, h = 0, 0, x
+    table = [_line("stage", "", "inputs", "outputs", "parameters")]
+    with FlopCounterMode(display=False) as counter:
+        for number, stage in enumerate(network.stages, 1):
+            learns = teaches or number == len(network)
+            if not waits:
+                alive, largest = {}, 0
+            inputs = h.detach().requires_grad_(signal is None and number > 1)  # a stage's input gets no gradient in F3
+            h, kept = _pass(stage, inputs, learns, learns and (signal is None or not isinstance(stage, Layers)))
+            alive.update(_storages([inputs, *kept, h]))
+            largest = max(largest, h.nbytes if learns else 0)  # of the signals
+            if not waits or number == len(network):
+                held = sum(storage.nbytes() for key, storage in alive.items() if key not in known)
+                activations = max(activations, held + largest)
+            count = sum(p.numel() for p in stage.parameters())
+            table.append(_line(f"{number:3d}", type(stage).__name__, _sizes(inputs), _sizes(h), f"{count:,}"))
+    flops = counter.get_total_flops()
+    rows, outputs = h.shape[:-1].numel(), h.shape[-1]
+    width, projection, feedback = outputs, 0, 0
+    if rank is not None:
+        width, projection = rank, error_projection(outputs, rank, seed=0).numel()
+        flops += 2 * rows * projection
+    if signal is not None and signal.through_feedback:
+        network.prepare(x[:1], outputs, seed=None, positions=rows // len(x))  # says the shapes inside of Layers
+        feedback, products = _feedback(network, len(x), rows, width)
+        flops += products
+    every = [p for p in network.parameters() if p.requires_grad]
+    taught = every if teaches else [p for p in network[-1].parameters() if p.requires_grad]
+    gradients = sum(p.numel() for p in every) if signal is None else max(_gradients(network, taught), default=0)
+    parameters = sum(p.numel() for p in network.parameters())
+    working, product = types.working.itemsize, (types.products or types.working).itemsize
     return Budget(
         table,
         parameters,
         flops,
         {
-            "weights": parameters * weight,
-            "moments": rule.moments * taught * state,
-            "gradients": gradients * state,
-            "feedback": feedback * weight,
+            "weights": parameters * types.parameters.itemsize,
+            "moments": rule.moments * sum(p.numel() for p in taught) * working,
+            "gradients": gradients * working,
+            "feedback": feedback * types.parameters.itemsize + projection * working,
             "errors": error_bytes,
-            "activations": activations * product,
+            "activations": activations * product // torch.float32.itemsize,
             "data": data_bytes,
         },
     )
 
 
+def with_local(budget: Budget, network: Sequential, x: Tensor, reach: int) -> Budget:
+    """The budget of local errors for batches like `x [M, ...]`, on the meta device: with the readings of hidden stages, and the
+    gradients that go back through `reach` stages.
+
+    A reading costs its products forward and back, and a head of a stage's own its weight gradient too. Every further stage of
+    the reach costs the products of its input's gradient, and has its activations alive.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops, h = budget.flops, x
+    for place, stage in enumerate(network.stages[:-1]):
+        with FlopCounterMode(display=False) as own, torch.no_grad():
+            h = stage(h)
+        flops += min(reach - 1, len(network) - 1 - place) * own.get_total_flops() if place else 0
+        if place < network.read:
+            with FlopCounterMode(display=False) as reading, torch.no_grad():
+                network.answer(place, h)
+            flops += (2 if network.reading else 3) * reading.get_total_flops()
+    with FlopCounterMode(display=False) as own, torch.no_grad():
+        network[-1](h)
+    flops += own.get_total_flops()  # the output's gradient goes back too
+    memory = budget.memory | {"activations": reach * budget.memory["activations"]}
+    return replace(budget, flops=flops, memory=memory)
+
+
 def describe(budget: Budget) -> list[str]:
     """The budget as lines for people."""
-    lines = [*budget.layers, f"parameters {budget.parameters:,}", f"FLOPs a step {budget.flops:,}", "memory"]
+    lines = [*budget.stages, f"parameters {budget.parameters:,}", f"FLOPs a step {budget.flops:,}", "memory"]
     lines += [f"  {name:12s} {readable_bytes(count):>12s}" for name, count in budget.memory.items()]
     return [*lines, f"  {'total':12s} {readable_bytes(budget.total_bytes):>12s}"]
+
+
+def _pass(stage: Stage, x: Tensor, learns: bool, backward: bool) -> tuple[Tensor, list[Tensor]]:
+    """The output for `x [M, ...]`, and what is kept for gradients where the stage `learns`; with `backward` they are taken."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.set_grad_enabled(learns), saved_tensors_hooks(keep, lambda tensor: tensor):
+        h = stage(x)
+    if backward and h.requires_grad:
+        h.sum().backward()
+    return h, kept
+
+
+def _feedback(network: Sequential, batch: int, rows: int, width: int) -> tuple[int, int]:
+    """Stored entries of all feedback matrices of a prepared network, and FLOPs of their products with errors `[rows, width]`.
+
+    With these go the weight gradients inside of `Layers`, where each layer is taught at its own output.
+    """
+    entries = flops = 0
+    for stage in network.stages[:-1]:
+        layers = isinstance(stage, Layers)
+        for own in [s for s in stage.modules() if isinstance(s, Stage) and s is not stage] if layers else [stage]:
+            shape = own.output_shape
+            units = shape.numel()
+            if own.feedback_shape.startswith("shared"):  # by pixels, of which the channels are left, or by tokens
+                units = shape[0] if len(shape) == 3 else shape[-1]
+            entries += 0 if own.feedback_shape.endswith("generated") else width * units
+            flops += 2 * width * min(rows * units, batch * shape.numel())
+            if layers and isinstance(own, Linear):
+                flops += 2 * batch * shape[:-1].numel() * own.weight.numel()
+    return entries, flops
+
+
+def _gradients(network: nn.Module, taught: list[nn.Parameter]) -> Iterable[int]:
+    """Elements of each taught parameter's gradient that are alive at once."""
+    fused = {}
+    for layer in network.modules():
+        if isinstance(layer, Linear) or type(layer) is nn.Linear:
+            fused |= {layer.weight: min(layer.weight.numel(), max(layer.weight.shape[1], SCRATCH)), layer.bias: 0}
+    return [fused.get(p, p.numel()) for p in taught]
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Each once; who holds them holds their numbers too, which are those of nothing else as long as they live."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage for storage in storages}
+
+
+def _sizes(x: Tensor) -> str:
+    return " x ".join(f"{size:,}" for size in x.shape[1:])
+
+
+def _line(number: str, kind: str, inputs: str, outputs: str, parameters: str) -> str:
+    return f"{number:5s} {kind:14s} {inputs:>16s} {outputs:>16s} {parameters:>14s}"

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.faults import fault
@@ -267,77 +266,6 @@ def peek(folder: Path) -> dict[str, Any]:
         return _json(folder / STATE, folder)
     except InputError:
         return {}
-
-
-# --- what a run consists of -------------------------------------------------------------------------------------------
-
-
-def network_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, by name."""
-    return {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
-
-
-def moment_tensors(learner: Any, model: nn.Module) -> dict[str, Tensor]:
-    """The update rule's buffers and step counts, by the parameters' names: the very tensors that the rule works on."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    if hasattr(learner, "updater"):
-        updater = learner.updater
-        found = {f"moments.{names[p]}.{i}": m for p, moments in updater._moments.items() for i, m in enumerate(moments)}
-        return found | {"moments": updater.step}
-    optimizer = learner.optimizer
-    for p in names:  # torch makes a parameter's buffers at its first step
-        if not optimizer.state.get(p) and p.requires_grad:
-            _make_torch_state(optimizer, p)
-    return {
-        f"moments.{names[p]}.{key}": value
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _make_torch_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """The state that torch's optimizer begins with."""
-    group = optimizer.param_groups[0]
-    if isinstance(optimizer, torch.optim.SGD):
-        if group["momentum"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return
-    device = parameter.device if group["fused"] else torch.device("cpu")
-    optimizer.state[parameter] |= {
-        "step": torch.zeros((), dtype=torch.float32, device=device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def restore_tensors(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy `saved` into tensors of the same names, shapes and types. Raises InputError where one does not fit."""
-    for name, tensor in into.items():
-        other = saved.get(name)
-        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
-            found = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
-            raise InputError(
-                f"{what} of the checkpoint do not fit: {name} is {found}, needed {tensor.dtype} {list(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(saved[name])
-
-
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's global generators, which dropout draws from."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_random_states(saved: dict[str, Tensor], device: torch.device) -> None:
-    """Set torch's global generators."""
-    torch.set_rng_state(saved["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in saved:
-        torch.cuda.set_rng_state(saved["random.cuda"], device)
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

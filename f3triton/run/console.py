@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
-from tqdm import tqdm
+# What is wanted comes first, so that a narrow terminal cuts off what is not.
+BAR = "{desc}{remaining} left {percentage:3.0f}%|{bar:10}| {rate_fmt}{postfix}"
+WANTED = ("test_error", "test_mse", "test_bits_per_")
+BAR_WIDTH = 46  # columns of it without the description and the rest
 
 
 class Console:
-    """Prints a run's progress. `lines` is about how many lines a log gets for `epochs` epochs of `samples` samples."""
+    """Prints a run's progress, inside `with`. `lines`: about how many lines a log gets for `epochs` epochs of `samples`
+    samples.
+    """
 
     def __init__(self, quiet: bool, epochs: int, samples: int, label: str = "", lines: int = 10) -> None:
-        self.quiet, self.epochs, self.label = quiet, epochs, label
+        self.quiet, self.epochs = quiet, epochs
         self.every = max(1, epochs // lines)
         self.bar = None
-        if not quiet and sys.stderr.isatty():
-            self.bar = tqdm(total=epochs * samples, unit="sample", unit_scale=True, desc=label, leave=False)
+        self.prefix = f"{label}: " if label else ""
+        if not quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            from tqdm.auto import tqdm  # a notebook gets a bar of its own
+
+            looks = {"unit": "sample", "unit_scale": True, "bar_format": BAR, "leave": False, "dynamic_ncols": True}
+            self.bar = tqdm(total=epochs * samples, desc=self.prefix, **looks)
 
     def step(self, samples: int) -> None:
         """One step is done."""
@@ -26,17 +36,26 @@ class Console:
         """One evaluation is done."""
         if self.quiet:
             return
-        text = "  ".join(f"{key.replace('_', ' ')} {record[key]:.4g}" for key in shown(record))
+        figures = {key: f"{key.replace('_', ' ')} {record[key]:.4g}" for key in shown(record)}
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
-        if self.bar is None and (record["epoch"] % self.every == 0 or record["epoch"] == self.epochs or self.every == 1):
-            prefix = f"{self.label}: " if self.label else ""
-            print(f"{prefix}epoch {record['epoch']}/{self.epochs}  {text}  ({record['learning_seconds']:.1f} s)", flush=True)
+            first = next((key for key in figures if key.startswith(WANTED)), None) or list(figures)[-1]
+            description = f"{self.prefix}{figures.pop(first)}  "
+            room = shutil.get_terminal_size().columns - len(description) - BAR_WIDTH
+            while figures and len(", ".join(figures.values())) > room:  # whole numbers, or none
+                figures.popitem()
+            self.bar.set_description_str(description, refresh=False)
+            self.bar.set_postfix_str(", ".join(figures.values()))
+        elif record["epoch"] % self.every == 0 or record["epoch"] == self.epochs or self.every == 1:
+            text = "  ".join(figures.values())
+            place, seconds = f"{record['epoch']}/{self.epochs}", f"{record['learning_seconds']:.1f} s"
+            print(f"{self.prefix}epoch {place}  {text}  ({seconds})", flush=True)
 
-    def close(self) -> None:
-        """Leave the terminal clean."""
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self.bar.close()  # leaves the terminal clean
 
 
 def shown(record: dict) -> list[str]:

@@ -1,71 +1,132 @@
-"""A run's curves as a picture, drawn with Pillow, so that every installation can draw them."""
+"""A run's curves as a picture. matplotlib is imported when something is drawn, and none of its global state is touched."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[float, float]]
 
-_COLOURS = ("#1f6fb4", "#d9641e", "#3a923a", "#7a7a7a")
-_WIDTH, _HEIGHT, _FINER = 860, 480, 2  # pixels; drawn finer and shrunk, which smooths the lines
-_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 24, 52, 56
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#6b6b6b")  # told apart by the colour-blind, too
+WIDE = 30  # the largest value over the smallest, beyond which an axis is logarithmic
+CROWDED = {"x": 200, "y": 2000}  # the same, beyond which it has no room for 2 and 5 between the powers of ten
+FEW = 20  # points of a curve, up to which each is marked
+APART = 10  # points between numbers at the ends of lines
 
 
-def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers that cover low..high in about `count` steps of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+def new_figure(width: float, height: float, **settings: object) -> Figure:
+    """An empty figure of so many inches, which `save` writes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), **settings)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path, dpi: int = 100) -> None:
+    """Write a PNG that is the same for the same figure. Raises OSError where it cannot be written."""
+    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def is_wide(values: Iterable[float]) -> bool:
+    """Whether values are all positive and so far apart that only a logarithmic axis shows them all."""
+    values = list(values)
+    return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
+
+
+def scale_values(axes: Axes, which: str, values: Iterable[float], log: bool = False) -> None:
+    """Scale the axis `which` (x or y) for values: logarithmic where they are wide, or with `log`; else from 0."""
+    values = list(values)
+    if log or is_wide(values):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set(**{f"{which}scale": "log"})
+        axis = getattr(axes, f"{which}axis")
+        far = max(values) / min(values)
+        within = (1,) if far > CROWDED[which] else (1, 2, 5) if far > 10 else (1, 1.5, 2, 3, 5, 7)
+        axis.set_major_locator(LogLocator(subs=within))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set(**{f"{which}lim": (min(0, *values), 1.05 * max(0, *values) or 1)})
+
+
+def plain_axes(axes: Axes, grid: str = "y") -> None:
+    """A light grid, and no frame above and to the right."""
+    axes.grid(axis=grid, which="major", color="#e2e2e2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def short(value: float) -> str:
+    """A number in three digits, or whole where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
+    """Write the y of each last point `(x, y, colour)` as a number: beside the axes, where what would touch is moved apart, and
+    at the point itself where the line ends long before.
+    """
+    axes.get_ylim()  # makes the scale final
+    pixels = axes.figure.dpi / 72  # of a point
+    (left, bottom), (right, _) = axes.transAxes.transform([(0, 0), (1, 1)]) / pixels
+    groups: list[list[tuple[float, float, str]]] = []  # (height in points, y, colour), one group above the other
+
+    def middle(group: list[tuple[float, float, str]]) -> float:
+        return max(sum(height for height, _, _ in group) / len(group), bottom + APART * (len(group) - 1) / 2)
+
+    style = {"textcoords": "offset points", "fontsize": 8, "va": "center", "annotation_clip": False}
+    for x, y, colour in sorted(ends, key=lambda end: end[1]):
+        across, height = axes.transData.transform((x, y)) / pixels
+        if across - left < 0.9 * (right - left):
+            axes.annotate(short(y), (x, y), xytext=(6, 0), color=colour, **style)
+            continue
+        groups.append([(height, y, colour)])
+        while len(groups) > 1 and middle(groups[-1]) - middle(groups[-2]) < APART * (len(groups[-1]) + len(groups[-2])) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    for group in groups:
+        for number, (height, y, colour) in enumerate(group):
+            place = middle(group) + APART * (number - (len(group) - 1) / 2)
+            at = {"xycoords": ("axes fraction", "data"), "xytext": (4, place - height)}
+            axes.annotate(short(y), (1, y), color=colour, **at, **style)
 
 
 def draw_curves(path: Path, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
-    """Draw named curves `[(x, y), ...]` into a PNG at `path`; points that are not finite are left out.
+    """Draw curves `[(x, y), ...]` named `method, part` into a PNG at `path`: a colour for each method, dotted lines for the
+    part `train`. Points that are not finite are left out.
 
     Writes nothing if there is no point at all. Raises OSError where the file cannot be written.
     """
     finite = {name: [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)] for name, curve in curves.items()}
-    points = [point for curve in finite.values() for point in curve]
-    if not points:
+    finite = {name: curve for name, curve in finite.items() if curve}
+    if not finite:
         return
-    top = max(y for _, y in points)
-    x_ticks = _ticks(0, max(x for x, _ in points) or 1)
-    y_ticks = _ticks(min(0, min(y for _, y in points)), top if top > 0 else 1)
-    x_high, y_low, y_high = max(x for x, _ in points) or 1, y_ticks[0], y_ticks[-1]
+    from matplotlib.ticker import MaxNLocator
 
-    image = Image.new("RGB", (_WIDTH * _FINER, _HEIGHT * _FINER), "white")
-    draw = ImageDraw.Draw(image)
-    small, large = ImageFont.load_default(13 * _FINER), ImageFont.load_default(16 * _FINER)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        right = _LEFT + x / x_high * (_WIDTH - _LEFT - _RIGHT)
-        down = _HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
-        return right * _FINER, down * _FINER
-
-    for tick in y_ticks:
-        draw.line([place(0, tick), place(x_high, tick)], fill="#e2e2e2", width=_FINER)
-        x, y = place(0, tick)
-        draw.text((x - 8 * _FINER, y), f"{tick:g}", font=small, fill="#444444", anchor="rm")
-    for tick in x_ticks:
-        if tick <= x_high:
-            x, y = place(tick, y_low)
-            draw.text((x, y + 8 * _FINER), f"{tick:g}", font=small, fill="#444444", anchor="mt")
-    draw.text((_LEFT * _FINER, 10 * _FINER), title, font=large, fill="black")
-    draw.text((place(x_high / 2, y_low)[0], (_HEIGHT - 24) * _FINER), x_label, font=small, fill="black", anchor="mt")
-    draw.text((10 * _FINER, (_TOP - 20) * _FINER), y_label, font=small, fill="black")
-
-    for number, (name, curve) in enumerate(finite.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        placed = [place(x, y) for x, y in curve]
-        if len(placed) > 1:
-            draw.line(placed, fill=colour, width=2 * _FINER, joint="curve")
-        for x, y in placed if len(placed) <= 20 else placed[-1:]:
-            draw.ellipse([x - 3 * _FINER, y - 3 * _FINER, x + 3 * _FINER, y + 3 * _FINER], fill=colour)
-        row = (_TOP + 6 + 18 * number) * _FINER
-        draw.line([((_WIDTH - 210) * _FINER, row), ((_WIDTH - 186) * _FINER, row)], fill=colour, width=3 * _FINER)
-        draw.text(((_WIDTH - 178) * _FINER, row), name, font=small, fill="black", anchor="lm")
-    image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS).save(path, format="PNG")
+    figure = new_figure(8.6, 4.8)
+    figure.subplots_adjust(left=0.09, right=0.93, bottom=0.12, top=0.91)
+    axes = figure.add_subplot()
+    methods = list(dict.fromkeys(name.rpartition(", ")[0] for name in finite))
+    ends = []
+    for name, curve in finite.items():
+        method, _, part = name.rpartition(", ")
+        colour, marker = COLOURS[methods.index(method) % len(COLOURS)], "o" if len(curve) <= FEW else ""
+        axes.plot(*zip(*curve, strict=True), ":" if part == "train" else "-", color=colour, marker=marker, ms=3, label=name)
+        ends.append((*curve[-1], colour))
+    scale_values(axes, "y", (y for curve in finite.values() for _, y in curve))
+    xs = [x for curve in finite.values() for x, _ in curve]
+    first, last = min(xs), max(xs)
+    axes.set_xlim((first, last + 0.01 * (last - first)) if last > first else (first - 0.5, last + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    plain_axes(axes)
+    axes.legend(frameon=False, fontsize=9)
+    label_ends(axes, ends)
+    save(figure, path)

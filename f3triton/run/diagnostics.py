@@ -31,10 +31,11 @@ from ..base.data import batch
 from ..base.exceptions import InputError
 from ..base.precision import working_dtype
 from ..data import Dataset, StreamDataset
-from ..kernels.eager import output_error
+from ..kernels.reference import error_signal
 from ..learn.loss import mean_loss
-from ..learn.step import F3Learner
+from ..learn.step import Learner
 from ..network.linear import Linear
+from .curves import FEW, new_figure, plain_axes, save, scale_values
 from .trainer import Trainer
 
 Record = dict[str, object]
@@ -70,14 +71,14 @@ class Diagnostics:
         exact, features, output = _exact_gradients(twin, x, target, loss)
         found: Record = {"epoch": record["epoch"]}
         error, stored = None, None
-        if isinstance(learner, F3Learner) and learner.signal.source != "none":
-            error = output_error(output, target, loss, learner.signal.source, learner.signal.link)[1]
-            error = learner.reduce(error, target)  # [M, C or rank], the present one
+        signal = learner.signal
+        if signal is not None and signal.source != "none":
+            error = error_signal(output, target, loss, signal.source, signal.link)
+            error = signal.kept(error, target)  # [M, R], the present one
             stored = self._taught_by(learner, target, error)
-            if learner.signal.delayed and self.records:
+            if signal.delayed and self.records:
                 found |= _staleness(stored, error)
-            if learner.signal.mask and learner.projection is None:
-                stored = stored * target
+            stored = signal.taught(stored, target)
         self.last_error = error
         found["stages"] = [
             self._stage(position, twin, features, exact[position], stored, target) for position in range(len(twin.stages))
@@ -85,9 +86,9 @@ class Diagnostics:
         self._warn(found, learner)
         self.records.append(found)
 
-    def _taught_by(self, learner: F3Learner, target: Tensor, error: Tensor) -> Tensor:
-        """The error that the hidden stages of these samples learn from at their next visit, `[M, C or rank]`."""
-        target = learner.reduce(target, target)
+    def _taught_by(self, learner: Learner, target: Tensor, error: Tensor) -> Tensor:
+        """The error that the hidden stages of these samples learn from at their next visit, `[M, R]`."""
+        target = learner.signal.kept(target, target)
         if learner.signal.current:
             return error
         if not learner.signal.delayed:
@@ -109,7 +110,7 @@ class Diagnostics:
             figures["separability"] = separability(h.flatten(1), target)
         if position == len(twin.stages) - 1 or error is None or stage.feedback is None:
             return figures
-        signal = stage.signal(error, h)  # e B in the output's shape
+        signal = stage.error_signal(error, h)  # e B in the output's shape
         own = _own_gradient(stage, features[position], signal)
         figures |= {"angle": angle(own, exact), "norm_ratio": float(own.norm() / exact.norm().clamp_min(1e-30))}
         figures["rank"] = effective_rank(signal.flatten(1))
@@ -120,13 +121,14 @@ class Diagnostics:
                 product = product @ layer.weight.detach()
             matrix = stage.feedback if stage.generated is None else stage.generated.dense(product.device)
             matrix = matrix.to(product.dtype)
-            if self.trainer.learner.projection is not None:
-                matrix = self.trainer.learner.projection.to(product.dtype) @ matrix  # [C, N]
+            projection = self.trainer.learner.signal.projection
+            if projection is not None:
+                matrix = projection.to(product.dtype) @ matrix  # [C, N]
             figures["weights_angle"] = angle(-matrix.flatten(), product.flatten())
         return figures
 
     def _warn(self, found: Record, learner: object) -> None:
-        hidden_learn = not (isinstance(learner, F3Learner) and learner.signal.source == "none")
+        hidden_learn = learner.signal is None or learner.signal.source != "none"
         for position, figures in enumerate(found["stages"]):
             last = position == len(found["stages"]) - 1
             if (hidden_learn or last) and figures["moved"] == 0:
@@ -215,36 +217,41 @@ PANELS = {
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """A panel for each figure, a line for each stage; nothing where there are no records or matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
+    """A panel for each figure, a line for each stage, the darkest the first; nothing where there are no records."""
     if not records:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(13, 7), constrained_layout=True)
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 7, layout="constrained")
     epochs = [record["epoch"] for record in records]
-    colours = matplotlib.colormaps["viridis"]
     stages = len(records[0]["stages"])
+    named = {round(position * (stages - 1) / 5) for position in range(6)}  # six in the legend tell the scale
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        drawn = []
         for position in range(stages):
             line = [record["stages"][position].get(name) for record in records]
             if any(value is not None for value in line):
                 values = [math.nan if value is None else value for value in line]
-                colour = colours(position / max(stages - 1, 1) * 0.9)
-                axes.plot(epochs, values, marker="." if len(epochs) < 30 else "", color=colour, label=f"stage {position}")
+                colour = colormaps["viridis"](position / max(stages - 1, 1) * 0.9)
+                label = f"stage {position}" if position in named else None
+                axes.plot(epochs, values, marker="o" if len(epochs) <= FEW else "", ms=3, color=colour, label=label)
+                drawn += [value for value in values if math.isfinite(value)]
         if "angle" in name:
             axes.axhline(90, color="#c0392b", linestyle="--", linewidth=1)
-            axes.set_ylim(0, 180)
+            axes.set(ylim=(0, 180), yticks=range(0, 181, 45))
+        else:
+            scale_values(axes, "y", drawn)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("epoch", fontsize=8)
-        if axes.get_legend_handles_labels()[0] and stages <= 12:
-            axes.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+        axes.set_xlabel("epoch")
+        plain_axes(axes)
+        if not drawn:
+            axes.axis("off")
+            axes.text(0.5, 0.5, "no value in this network", transform=axes.transAxes, ha="center", color="#6b6b6b")
+    handles, labels = figure.axes[-1].get_legend_handles_labels()  # every stage that learns has moved
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    save(figure, path)
 
 
 def summary_lines(diagnostics: Diagnostics) -> list[str]:

@@ -91,9 +91,10 @@ class RunFolder:
         with _named(path, "write"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
-    def save_model(self, model: nn.Module) -> None:
-        """Write the parameters and buffers as safetensors."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    def save_model(self, model: nn.Module, heads: bool = True) -> None:
+        """Write the parameters and buffers as safetensors; of its hidden stages' heads only if `heads`."""
+        found = {name: tensor for name, tensor in model.state_dict().items() if heads or not name.startswith("heads.")}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
         self._replace("model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
 
     def draw(self, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:

@@ -13,6 +13,7 @@ from ..base.seeds import check_seed
 from ..data import Preprocessing
 from ..data.preprocessing import TEXT
 from ..kernels.reference import LOSSES, prediction_of
+from ..network.sequential import Sequential
 from .folder import build_network, load_weights, read_json
 
 
@@ -97,8 +98,20 @@ class Predictor(nn.Module):
         return ids
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
+def check_exit(network: Sequential, exit: int | str | None) -> int | str | None:
+    """`exit`, if the network can answer there. Raises InputError where it cannot."""
+    answers = network.read + 1
+    if exit not in (None, "mean") and not (isinstance(exit, int) and 1 <= exit <= answers):
+        raise InputError(f"exit must be a stage from 1 to {answers}, or mean, got {exit!r}")
+    if exit is not None and answers == 1:
+        raise InputError(f"exit {exit!r} has no effect: only the last stage of this network answers")
+    return exit
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", exit: int | str | None = None) -> Predictor:
     """The model that a run left in its folder, in eval mode. Raises InputError where the folder holds none.
+
+    Of a network that has learned from local errors, `exit` says which stage answers: a number from 1, or the `mean` of all.
 
     Only JSON and safetensors are read, and every size is checked before it is used.
     """
@@ -107,6 +120,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Predictor:
     if config.get("loss") not in LOSSES or not isinstance(config.get("network"), dict):
         raise InputError(f"{str(folder / 'config.json')!r} is not a run's configuration: it needs 'loss' and 'network'")
     network = build_network(config["network"])
+    network.exit = check_exit(network, exit)
     load_weights(network, folder / "model.safetensors")
     for parameter in network.parameters():
         if parameter.dtype == torch.bfloat16:

@@ -1,72 +1,152 @@
-"""A run and its checkpoints: what is written down in the middle of `fit`, and how it goes on from there."""
+"""A run in the middle of `fit`: the parts that it consists of, when they are written down, and how it goes on from there."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from ..base.exceptions import InputError
-from ..network.stage import Stage
+from ..error_store import ErrorStore
+from ..learn.step import Learner
+from ..visits.streams import StreamWindows
 from . import checkpoint
 from .checkpoint import Checkpoints, Snapshot, differences
-from .tally import Tally
+from .result import FitResult
 
-if TYPE_CHECKING:
-    from ..error_store import ErrorStore
-    from ..visits.streams import StreamView
-    from .trainer import Trainer
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what JSON can hold
 
 
-class RunState:
-    """The state of a `Trainer` in `fit`, to be saved at steps and at epochs' ends, and restored."""
+class Part(Protocol):
+    """Something of a run that changes while it trains."""
+
+    def state(self) -> State:
+        """What `restore` needs to go on from here."""
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on from the part's own `tensors`, and the run's `state`."""
+
+
+def fill(into: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copy `saved` into tensors of the same names, shapes and types. Raises InputError where one does not fit."""
+    for name, tensor in into.items():
+        other = saved.get(name)
+        counts = tensor.dim() == 0 and other is not None and other.dim() == 0  # a count of steps was a float once
+        if other is None or other.shape != tensor.shape or (other.dtype != tensor.dtype and not counts):
+            found = "missing" if other is None else f"{other.dtype} {list(other.shape)}"
+            raise InputError(
+                f"{what} of the checkpoint do not fit: {name} is {found}, needed {tensor.dtype} {list(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(saved[name])
+
+
+class Network:
+    """Parameters and buffers, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state(self) -> State:
+        return self.model.state_dict(), {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        fill(self.model.state_dict(), tensors, "the weights")
+
+
+class Moments:
+    """What the learner's update rule keeps; restored after the weights."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def state(self) -> State:
+        return self.learner.state(), {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        fill(self.learner.state(), tensors, "the moments")
+        self.learner.resumed(state["steps"])
+
+
+class Errors:
+    """The rows of the error store."""
+
+    def __init__(self, store: ErrorStore) -> None:
+        self.store = store
+
+    def state(self) -> State:
+        return self.store.state(), {"store_epoch": self.store.epoch}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.store.restore(tensors, state["store_epoch"])
+
+
+class Stream:
+    """The place in a stream."""
+
+    def __init__(self, windows: StreamWindows) -> None:
+        self.windows = windows
+
+    def state(self) -> State:
+        return {}, {"stream": self.windows.state()}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.windows.restore(state["stream"])
+
+
+class Generators:
+    """torch's global random generators, which a user's own modules and orders may draw from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def state(self) -> State:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states, {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        torch.set_rng_state(tensors["cpu"])
+        if self.device.type == "cuda" and "cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda"], self.device)
+
+
+class Keeper:
+    """Keeps checkpoints of a run's `parts`, and goes back to one; where `checkpoints` is None it only tells the store what no
+    checkpoint needs any more."""
 
     def __init__(
         self,
-        trainer: Trainer,
-        data: dict[str, object],
-        epochs: int,
-        eval_every: int,
+        parts: dict[str, Part],
+        settings: dict[str, object],
+        result: FitResult,
+        store: ErrorStore | None,
         checkpoints: Checkpoints | None,
-        stream: StreamView | None = None,
     ) -> None:
-        self.trainer, self.checkpoints, self.stream = trainer, checkpoints, stream
-        self.settings = settings_of(trainer, data, epochs, eval_every)
-        self.at: tuple[int, Tally | None] = (0, None)  # (epoch, its tally so far)
-        self.began: float | None = None  # when this epoch's part of the run did
+        self.parts, self.settings, self.result, self.store, self.checkpoints = parts, settings, result, store, checkpoints
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
         self.asked_to_stop = False
 
-    def after_step(self, epoch: int) -> Callable[[Tally], None] | None:
-        """What `run_epoch` calls after every step of an epoch, which begins now."""
-        self.at, self.began = (epoch, None), time.perf_counter()
-        if self.checkpoints is None:
-            return None
+    def after_step(self) -> None:
+        """Between two steps: write a checkpoint if one is due. Raises KeyboardInterrupt after Ctrl-C."""
+        if self.checkpoints is not None:
+            self._keep(self.checkpoints.due(self.result.steps))
 
-        def stepped(tally: Tally) -> None:
-            self.at = (epoch, tally)
-            if self.checkpoints.due(self.trainer.result.steps) or self.asked_to_stop:
-                self.save()
-            self._stop()
+    def after_epoch(self) -> None:
+        """At the end of an epoch, after its record, likewise."""
+        if self.checkpoints is not None:
+            self._keep(self.checkpoints.due_after_epoch(self.result.epochs))
 
-        return stepped
-
-    def after_epoch(self, epoch: int) -> None:
-        """At the end of an epoch, after its record."""
-        self.at, self.began = (epoch + 1, None), None
-        if self.checkpoints is not None and (self.checkpoints.due_after_epoch(epoch + 1) or self.asked_to_stop):
+    def _keep(self, due: bool) -> None:
+        if due or self.asked_to_stop:
             self.save()
-        self._stop()
-
-    def _stop(self) -> None:
         if self.asked_to_stop:
             raise KeyboardInterrupt
 
@@ -92,67 +172,40 @@ class RunState:
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
-        trainer, (epoch, tally) = self.trainer, self.at
-        result, learner = trainer.result, trainer.learner
-        store = getattr(learner, "store", None)
-        tensors = checkpoint.network_tensors(trainer.model) | checkpoint.moment_tensors(learner, trainer.model)
-        tensors |= checkpoint.random_states(trainer.device)
-        state = {
-            "settings": self.settings,
-            "epoch": epoch,
-            "steps": result.steps,
-            "epochs_done": result.epochs,
-            "history": result.history,
-            "learning_seconds": result.learning_seconds + (time.perf_counter() - self.began if self.began else 0.0),
-        }
-        if self.stream is not None:
-            state["stream"] = self.stream.state()
-        if store is not None:
-            tensors |= {f"errors.{name}": tensor for name, tensor in store.state().items()}
-            state["store_epoch"] = store.epoch
-        if tally is not None:
-            own, numbers = tally.state()
-            tensors |= {f"tally.{name}": tensor for name, tensor in own.items()}
-            state["tally"] = numbers
-        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), result.steps, self.checkpoints.keep)
-        if store is not None:
-            there = {steps for steps, _ in checkpoint.found_in(self.checkpoints.folder)}
-            self.needs = {steps: epoch for steps, epoch in self.needs.items() if steps in there} | {result.steps: store.epoch}
-            self.release(store)
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Any] = {"settings": self.settings}
+        for name, part in self.parts.items():
+            own, numbers = part.state()
+            tensors |= {f"{name}.{key}" if key else name: tensor for key, tensor in own.items()}
+            state |= numbers
+        steps = self.result.steps
+        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), steps, self.checkpoints.keep)
+        if self.store is not None:
+            there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}
+            self.needs = {number: epoch for number, epoch in self.needs.items() if number in there} | {steps: self.store.epoch}
+            self.release()
 
-    def release(self, store: ErrorStore | None) -> None:
+    def release(self) -> None:
         """Tell the store which epochs the checkpoints that are kept may go back to."""
-        if store is not None:
-            store.release(min([*self.needs.values(), store.epoch]))
+        if self.store is not None:
+            self.store.release(min([*self.needs.values(), self.store.epoch]))
 
-    def restore(self, snapshot: Snapshot) -> tuple[int, Tally | None]:
-        """Put the trainer in the state of a checkpoint; returns (epoch, its tally so far).
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put all parts in the state of a checkpoint.
 
         Raises InputError where it is one of another run, and says in what it differs.
         """
-        trainer, state, tensors = self.trainer, snapshot.state, snapshot.tensors
         require_same(snapshot, self.settings)
-        learner, result = trainer.learner, trainer.result
         try:
-            checkpoint.restore_tensors(checkpoint.network_tensors(trainer.model), tensors, "the weights")
-            checkpoint.restore_tensors(checkpoint.moment_tensors(learner, trainer.model), tensors, "the moments")
-            store = getattr(learner, "store", None)
-            if store is not None:
-                own = {name.removeprefix("errors."): t for name, t in tensors.items() if name.startswith("errors.")}
-                store.restore(own, state["store_epoch"])
-            if self.stream is not None:
-                self.stream.restore(state["stream"])
-            checkpoint.restore_random_states(tensors, trainer.device)
-            result.steps, result.epochs = state["steps"], state["epochs_done"]
-            result.history, result.learning_seconds = list(state["history"]), state["learning_seconds"]
-            tally = None
-            if "tally" in state:
-                tally = Tally(learner.loss)
-                own = {name.removeprefix("tally."): t for name, t in tensors.items() if name.startswith("tally.")}
-                tally.restore(own, state["tally"], trainer.device)
-            self._tidy(state["steps"], state.get("store_epoch", 0))
-            return state["epoch"], tally
+            for name, part in self.parts.items():
+                own = {key.removeprefix(f"{name}."): t for key, t in snapshot.tensors.items() if key.startswith(f"{name}.")}
+                if name in snapshot.tensors:
+                    own[""] = snapshot.tensors[name]
+                part.restore(own, snapshot.state)
+            self._tidy(snapshot.state["steps"], snapshot.state.get("store_epoch", 0))
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"the checkpoint lacks a part of the run: {type(error).__name__} {error}") from None
 
     def _tidy(self, steps: int, store_epoch: int) -> None:
@@ -170,13 +223,16 @@ class RunState:
             epoch = checkpoint.peek(path).get("store_epoch")
             if number < steps and isinstance(epoch, int):
                 self.needs[number] = epoch
-        self.release(getattr(self.trainer.learner, "store", None))
+        self.release()
 
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
     """Raise InputError where a checkpoint is one of a run with other `settings_of`, and say in what it differs."""
     check_state(snapshot.state)
-    other = differences(snapshot.state["settings"], settings)
+    then = dict(snapshot.state["settings"])
+    if len(then.get("feedback", ())) == 1:  # once, a law that all stages have was written once
+        then["feedback"] = then["feedback"] * len(settings["feedback"])
+    other = differences(then, settings)
     if other:
         raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")
 
@@ -215,44 +271,3 @@ def check_state(state: dict[str, object]) -> None:
         wrong.append("stream")
     if wrong:
         raise InputError(f"the checkpoint's state.json is not that of a run: {wrong[0]!r} is missing, or not what it has to be")
-
-
-def settings_of(trainer: Trainer, data: dict[str, object], epochs: int, eval_every: int) -> dict[str, object]:
-    """Everything that the result depends on, as JSON has it.
-
-    With a constant learning rate the number of epochs is not among them: more of them only go on. The device is not, and not
-    how much is evaluated at once.
-    """
-    signal, windows = trainer.signal, trainer.windows
-    settings = {
-        "method": trainer.method,
-        "signal": None if signal is None else dataclasses.asdict(signal),
-        "network": repr(trainer.model),
-        "network_config": json.loads(json.dumps(trainer.model.config())) if hasattr(trainer.model, "config") else None,
-        "loss": trainer.loss,
-        "rule": repr(trainer.rule),
-        "hidden_scale": trainer.hidden_scale,
-        "lr_schedule": trainer.lr_schedule,
-        "warmup_steps": trainer.warmup_steps,
-        "batch_size": trainer.batch_size,
-        "seed": trainer.seed,
-        "precision": trainer.precision,
-        "error_dtype": trainer.error_dtype,
-        "error_rank": trainer.error_rank,
-        "feedback": feedback_of(trainer.model),
-        "windows": None if windows is None else dataclasses.asdict(windows),
-        "eval_every": eval_every,
-        "data": data,
-    }
-    return settings if trainer.lr_schedule == "constant" else settings | {"epochs": epochs}
-
-
-def feedback_of(model: torch.nn.Module) -> list[str]:
-    """The laws of a network's feedback matrices, and hashes of those that were given, in the order of their stages."""
-    found = []
-    for stage in model.modules():
-        if isinstance(stage, Stage):
-            given = stage.feedback_law is None and stage.feedback_matrix is not None
-            matrix = stage.feedback_matrix.double().cpu().contiguous().view(torch.uint8).numpy().data if given else b""
-            found.append(f"given, {hashlib.sha256(matrix).hexdigest()[:16]}" if given else str(stage.feedback_law))
-    return list(dict.fromkeys(found))

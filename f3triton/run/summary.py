@@ -1,4 +1,4 @@
-"""The figures of a finished run."""
+"""The figures of a finished run, and their curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from importlib import metadata
 import torch
 
 from ..data import Dataset
-from .trainer import FitResult, Trainer
+from ..data.targets import LANGUAGE_MODELING
+from .console import shown
+from .folder import RunFolder
+from .result import FitResult
+from .trainer import Trainer
 
 
 def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult, seconds: float) -> dict:
@@ -22,7 +26,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     """
     last = result.history[-1] if result.history else {}
     figure = {"classification": "test_error", "regression": "test_mse"}.get(train.task, "test_loss")
-    store = getattr(trainer.learner, "store", None)
+    store = trainer.learner.store
     best = min((r for r in result.history if figure in r), key=lambda r: r[figure], default={})
     return {
         "method": trainer.method,
@@ -41,16 +45,63 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
+        "exits": exits_of(trainer, test, figure),
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seed": trainer.seed,
         "device": device_name(trainer.device),
+        "backend": trainer.choice.backend,
+        "backend_why": trainer.choice.why,
         "precision": trainer.precision,
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def exits_of(trainer: Trainer, test: Dataset, figure: str) -> dict[str, float] | None:
+    """The test figure by what answers, of a network that has learned from local errors: each stage, by its number, and the
+    mean."""
+    model, found = trainer.model, {}
+    if not model.read:
+        return None
+    for place in (*range(1, model.read + 2), "mean"):
+        model.exit = place
+        found[str(place)] = trainer.evaluate(test)[figure]
+    model.exit = None
+    return found
+
+
+def write_summary(
+    folder: RunFolder, trainer: Trainer, data: tuple[Dataset, Dataset], seconds: float, other: Trainer | None = None
+) -> dict:
+    """Write `summary.json` and `curves.png`, with the run of an `other` trainer beside it; returns the summary."""
+    summary = summarise(trainer, *data, trainer.result, seconds)
+    runs = {trainer.method: trainer.result.history}
+    if other is not None:
+        runs["bp"] = other.result.history
+        against = summarise(other, *data, other.result, other.result.learning_seconds)
+        wanted = ("method", *shown(against), "steps_per_second")
+        summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
+    folder.write_json("summary.json", summary)
+    figure, label = _figure_of(data[0])
+    curves = {
+        f"{method}, {part}": [(r["epoch"], r[f"{part}_{figure}"]) for r in history if f"{part}_{figure}" in r]
+        for method, history in runs.items()
+        for part in ("train", "test")
+    }
+    title = f"{data[0].name}, {summary['parameters']:,} parameters"
+    folder.draw(title, "epoch", label, {name: curve for name, curve in curves.items() if curve})
+    return summary
+
+
+def _figure_of(data: Dataset) -> tuple[str, str]:
+    """The figure that the curves show, by the end of its name, and its label."""
+    if data.task == LANGUAGE_MODELING:
+        unit = data.preprocessing.tokenizer.unit
+        return f"bits_per_{unit}", f"bits per {unit}"
+    return ("error", "percent wrong") if data.task == "classification" else ("mse", "mean squared error")
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,11 @@ from torch import Tensor, nn
 
 from ..base.data import Data, batch
 from ..base.precision import autocast, working_dtype
-from ..learn.loss import losses_by_sample, mean_loss
-from ..learn.step import CHECK_EVERY, KEPT_OUTPUTS, Learner
+from ..learn.loss import hits, losses_by_sample, mean_loss
+from ..learn.step import Output
+
+CHECK_EVERY = 500  # steps between looks at the loss: one synchronisation each
+KEPT_OUTPUTS = 1 << 20  # elements of outputs that wait for their loss to be taken
 
 
 @dataclass
@@ -24,14 +26,6 @@ class Figures:
     mse: list[float] | None = None
 
 
-@dataclass
-class Progress:
-    """How far a run has come; kept up to date step by step, so that it is true also when the run is cut short."""
-
-    epochs: int = 0
-    steps: int = 0
-
-
 class Diverged(RuntimeError):
     """The loss became NaN or infinite; `step` counts from 1 over the whole run."""
 
@@ -40,29 +34,37 @@ class Diverged(RuntimeError):
         self.step = step
 
 
+def slots(batch: int, outputs: int) -> int:
+    """How many batches' outputs `[batch, outputs]` a `Tally` keeps waiting, at most, and the coming one's."""
+    return min(CHECK_EVERY, KEPT_OUTPUTS // (batch * outputs) + 1) + 1
+
+
 class Tally:
-    """Loss and correct answers of an epoch's batches, looked at together: step by step they would cost a dozen small operations
-    each. Nothing waits for the device but `look`, every `CHECK_EVERY` batches.
+    """Loss and hits of an epoch's batches, each from before its own update, looked at together: step by step they would cost a
+    dozen small operations each. Nothing waits for the device but `look`, every `CHECK_EVERY` batches.
 
     What it says does not depend on when it was saved and restored in between (`state`, `restore`): batches are taken together
     in the same groups, and summed one by one.
     """
 
-    def __init__(self, loss: str) -> None:
-        self.loss = loss
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, loss: str, outputs: int, device: torch.device) -> None:
+        self.loss, self.outputs, self.device = loss, outputs, device
+        self._begin()
+
+    def _begin(self) -> None:
+        self.waiting: list[Output] = []
         self.elements = 0
         self.losses: list[Tensor] = []  # of finished batches: sums over samples, [batches] each
         self.correct: list[Tensor] = []
         self.sizes: list[int] = []  # of batches not looked at yet
         self.samples, self.total, self.hits, self.batches = 0, 0.0, 0, 0  # of those looked at; `batches` counts all
 
-    def add(self, a: Tensor, target: Tensor, step: int) -> None:
-        """One batch: the last stage's output `a [M, C]` from before the update, and `target [M, C]`; `step` counts from 1."""
-        self.waiting.append((a, target))
-        self.sizes.append(len(a))
+    def add(self, output: Output, step: int) -> None:
+        """One batch's output; `step` counts from 1. Raises Diverged, see `look`."""
+        self.waiting.append(output)
+        self.sizes.append(len(output.sample_losses if output.a is None else output.a))
         self.batches += 1
-        self.elements += a.numel()
+        self.elements += self.sizes[-1] * self.outputs
         if self.elements >= KEPT_OUTPUTS:
             self._finish()
         if len(self.sizes) == CHECK_EVERY:
@@ -71,14 +73,22 @@ class Tally:
     def _finish(self) -> None:
         if not self.waiting:
             return
-        sizes = [len(a) for a, _ in self.waiting]
-        a, target = (torch.cat(tensors) for tensors in zip(*self.waiting, strict=True))  # [samples, C]
-        by_sample = losses_by_sample(a, target, self.loss).double()  # [samples]
-        batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(a.device)  # [samples]
-        self.losses.append(torch.zeros(len(sizes), dtype=torch.float64, device=a.device).index_add_(0, batch, by_sample))
-        self.correct.append((a.argmax(-1) == target.argmax(-1)).sum())
+        sizes = self._waiting_sizes()
+        a, target, losses, right = self._together()
+        if a is not None:
+            losses, right = losses_by_sample(a, target, self.loss), hits(a, target)  # [samples]
+        # sums of slices, and no scattered additions, whose order is anybody's on a GPU
+        self.losses.append(torch.stack([part.sum() for part in losses.double().split(sizes)]))
+        self.correct.append(right.sum())
         self.waiting.clear()
         self.elements = 0
+
+    def _waiting_sizes(self) -> list[int]:
+        return self.sizes[len(self.sizes) - len(self.waiting) :]
+
+    def _together(self) -> Output:
+        """The outputs that wait, as one."""
+        return Output(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*self.waiting, strict=True)))
 
     def look(self, step: int) -> None:
         """Add up what has waited, up to `step`. Raises Diverged where a loss is not finite."""
@@ -97,30 +107,38 @@ class Tally:
         self.losses.clear(), self.correct.clear(), self.sizes.clear()
 
     def figures(self, step: int) -> Figures:
-        """Of the whole epoch."""
+        """Of the whole epoch, after `step`; the next epoch begins at zero. Raises Diverged, see `look`."""
         self.look(step)
-        return Figures(self.samples, self.total / max(self.samples, 1), self.hits)
+        found = Figures(self.samples, self.total / max(self.samples, 1), self.hits)
+        self._begin()
+        return found
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """(tensors, numbers) that `restore` takes."""
+        """(tensors, numbers) that `restore` takes; nothing between two epochs."""
+        if not self.batches:
+            return {}, {}
         tensors = {}
         if self.waiting:
-            outputs, targets = zip(*self.waiting, strict=True)
-            tensors = {"a": torch.cat(outputs).cpu(), "target": torch.cat(targets).cpu()}
+            tensors = {name: t.cpu() for name, t in self._together()._asdict().items() if t is not None}
         if self.losses:
             tensors |= {"losses": torch.cat(self.losses).cpu(), "correct": torch.stack(self.correct).cpu()}
-        numbers = {"sizes": self.sizes, "waiting": [len(a) for a, _ in self.waiting], "samples": self.samples,
+        numbers = {"sizes": self.sizes, "waiting": self._waiting_sizes(), "samples": self.samples,
                    "total": self.total.hex(), "hits": self.hits, "batches": self.batches}  # fmt: skip
-        return tensors, numbers
+        return tensors, {"tally": numbers}
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, object], device: torch.device) -> None:
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
         """Go on from a `state`."""
+        self._begin()
+        numbers = state.get("tally")
+        if not numbers:
+            return
         if numbers["waiting"]:
-            parts = (tensors[name].to(device).split(numbers["waiting"]) for name in ("a", "target"))
-            self.waiting = list(zip(*parts, strict=True))
-        self.elements = sum(a.numel() for a, _ in self.waiting)
+            parts = ([None] * len(numbers["waiting"]) if name not in tensors
+                     else tensors[name].to(self.device).split(numbers["waiting"]) for name in Output._fields)  # fmt: skip
+            self.waiting = [Output(*each) for each in zip(*parts, strict=True)]
+        self.elements = sum(numbers["waiting"]) * self.outputs
         if "losses" in tensors:
-            self.losses, self.correct = [tensors["losses"].to(device)], list(tensors["correct"].to(device))
+            self.losses, self.correct = [tensors["losses"].to(self.device)], list(tensors["correct"].to(self.device))
         self.sizes, self.samples, self.hits = list(numbers["sizes"]), numbers["samples"], numbers["hits"]
         self.total, self.batches = float.fromhex(numbers["total"]), numbers["batches"]
 
@@ -137,7 +155,7 @@ def evaluate(
     model.eval()
     dtype = working_dtype(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     samples = max(1, batch_size // data.positions)
     for start in range(0, len(data), samples):
@@ -147,36 +165,10 @@ def evaluate(
             a = model(x)
         a = a.flatten(0, -2).to(dtype)  # [M, C]
         total += mean_loss(a, target, loss).double() * len(a)
-        hits += (a.argmax(-1) == target.argmax(-1)).sum()
+        right += hits(a, target).sum()
         if loss == "mse":
             squares = squares + (a - target).double().square().sum(0)  # [targets]
     model.train(was_training)
     mse = (squares / len(data)).tolist() if loss == "mse" else None
     count = len(data) * data.positions
-    return Figures(count, float(total) / count, int(hits), mse)
-
-
-def run_epoch(
-    learner: Learner,
-    batches: Iterable[Tensor],
-    lr_at: Callable[[int], float],
-    progress: Progress,
-    tally: Tally | None = None,
-    after_step: Callable[[Tally], None] | None = None,
-) -> Figures:
-    """Learn from the batches in order; `lr_at(step)` gives a step's learning rate, steps counted from 1 over the run.
-
-    The figures are those of each batch before its own update. They stay on the device and are looked at every
-    `CHECK_EVERY` steps. `tally` is that of the epoch's steps before, where it was begun already; `after_step` gets it after
-    every step. Raises Diverged where a loss is not finite.
-    """
-    tally = tally or Tally(learner.loss)
-    for index in batches:
-        a, target = learner.step(index, lr_at(progress.steps + 1))  # [M, C]
-        progress.steps += 1
-        tally.add(a, target, progress.steps)
-        if after_step is not None:
-            after_step(tally)
-    figures = tally.figures(progress.steps)
-    progress.epochs += 1
-    return figures
+    return Figures(count, float(total) / count, int(right), mse)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
 from ..data import Dataset
@@ -24,8 +27,8 @@ from .windows import WindowOrder, Windows
 
 
 @dataclass
-class Block:
-    """A buffer of rows, in the order in which they came: number `number` of pass `pass_`."""
+class Buffer:
+    """Rows of a stream that are mixed with one another, in the order in which they came: number `number` of pass `pass_`."""
 
     pass_: int
     number: int
@@ -43,8 +46,9 @@ class Block:
         return digest.hexdigest()
 
 
-class StreamView:
-    """The rows of one window of a stream, known by their places in it, 0 to size - 1, on `device`."""
+class StreamWindows:
+    """A stream as the rows of one window, known by their places in it, 0 to size - 1, on `device`; whoever wants a visit's rows
+    loads its window first. Their tensors stay where they are, so that a CUDA graph may read them."""
 
     def __init__(
         self, data: StreamDataset, windows: Windows, seed: int, device: torch.device, passes: int | None = None
@@ -53,13 +57,14 @@ class StreamView:
         self.data, self.seed, self.device, self.positions = data, seed, device, data.positions
         self.size = min(windows.size, len(data))
         whole = data.shuffle_buffer >= len(data)
-        self.windows = math.ceil(len(data) / self.size) if whole else data.shuffle_buffer // self.size  # in a block
-        self.blocks = math.ceil(len(data) / (self.windows * self.size))  # in a pass
+        self.windows = math.ceil(len(data) / self.size) if whole else data.shuffle_buffer // self.size  # in a buffer
+        self.buffers = math.ceil(len(data) / (self.windows * self.size))  # in a pass
         inputs, targets = (t.new_zeros(self.size, *t.shape[1:], device=device) for t in (data.inputs, data.targets))
         self.rows = Dataset(data.name, inputs, targets, data.preprocessing)
-        self.block: Block | None = None
+        self.buffer: Buffer | None = None
+        self.window: tuple[int, int] | None = None  # that is loaded
         self._pool = ThreadPoolExecutor(1, "f3triton-stream")
-        self._next: Future[Block] | None = None
+        self._next: Future[Buffer] | None = None
         self._restored: dict[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -71,18 +76,21 @@ class StreamView:
     def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.rows.one_hot(index, dtype)
 
-    def enter(self, pass_: int, window: int) -> None:
-        """Show a window of a pass. Raises InputError where the stream cannot be read, or ends before."""
-        number, within = divmod(window, self.windows)
-        block = self.block = self._block(pass_, number)
-        samples = block.order[within * self.size :][: self.size]  # [<= size]
-        for kept, rows in ((self.rows.inputs, block.inputs), (self.rows.targets, block.targets)):
+    def load(self, window: tuple[int, int]) -> None:
+        """Hold the rows of a window (of pass, window). Raises InputError where the stream cannot be read, or ends before."""
+        if window == self.window:
+            return
+        pass_, place = self.window = window
+        number, within = divmod(place, self.windows)
+        buffer = self.buffer = self._buffer(pass_, number)
+        samples = buffer.order[within * self.size :][: self.size]  # [<= size]
+        for kept, rows in ((self.rows.inputs, buffer.inputs), (self.rows.targets, buffer.targets)):
             kept[: len(samples)].copy_(rows.index_select(0, samples))
 
     def state(self) -> dict[str, Any] | None:
         """The place of the buffer that is in use, as JSON; for `restore`."""
-        block = self.block
-        return block and {"pass": block.pass_, "block": block.number, "reader": block.begin, "hash": block.digest}
+        buffer = self.buffer
+        return buffer and {"pass": buffer.pass_, "block": buffer.number, "reader": buffer.begin, "hash": buffer.digest}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from there when that buffer is next asked for, without reading all that came before it."""
@@ -92,21 +100,21 @@ class StreamView:
         """Stop reading."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _block(self, pass_: int, number: int) -> Block:
+    def _buffer(self, pass_: int, number: int) -> Buffer:
         """That buffer; the one after it is read meanwhile."""
-        block = self.block
-        if block is not None and (block.pass_, block.number) == (pass_, number):
-            return block
+        buffer = self.buffer
+        if buffer is not None and (buffer.pass_, buffer.number) == (pass_, number):
+            return buffer
         ahead, self._next = self._next, None
-        block = ahead.result() if ahead is not None else None
-        if block is None or (block.pass_, block.number) != (pass_, number):
-            block = self._find(pass_, number)
-        follows = divmod(pass_ * self.blocks + number + 1, self.blocks)
+        buffer = ahead.result() if ahead is not None else None
+        if buffer is None or (buffer.pass_, buffer.number) != (pass_, number):
+            buffer = self._find(pass_, number)
+        follows = divmod(pass_ * self.buffers + number + 1, self.buffers)
         if follows[0] != self.passes:
-            self._next = self._pool.submit(self._read, *follows, block.reader if follows[1] else None)
-        return block
+            self._next = self._pool.submit(self._read, *follows, buffer.reader if follows[1] else None)
+        return buffer
 
-    def _find(self, pass_: int, number: int) -> Block:
+    def _find(self, pass_: int, number: int) -> Buffer:
         """A buffer that is not the next one: from the place that was saved, if that is before it, or from the start."""
         saved, self._restored = self._restored, None
         rows = self.windows * self.size
@@ -116,27 +124,27 @@ class StreamView:
             return self._read(pass_, number, reader)
         try:
             reader = self.data.reader(saved["reader"])
-            block = self._read(pass_, saved["block"], reader)
+            buffer = self._read(pass_, saved["block"], reader)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise InputError(f"the checkpoint's place in the stream is not one ({type(error).__name__} {error})") from None
-        if block.digest != saved["hash"]:
+        if buffer.digest != saved["hash"]:
             raise InputError(
                 f"the stream {self.data.name!r} does not hold the rows any more that it held from training row "
                 f"{saved['block'] * rows:,} on when the checkpoint was made; resume with the same data"
             )
         if saved["block"] == number:
-            return block
+            return buffer
         reader.skip((number - saved["block"] - 1) * rows)
         return self._read(pass_, number, reader)
 
-    def _read(self, pass_: int, number: int, reader: StreamReader | None) -> Block:
+    def _read(self, pass_: int, number: int, reader: StreamReader | None) -> Buffer:
         reader = reader or self.data.reader()
         begin, first = reader.state(), number * self.windows * self.size
         rows = min(self.windows * self.size, len(self.data) - first)
         inputs, targets = self.data.read(reader, rows)
         # The first one's order is that of a data set which is loaded whole: a buffer that holds everything is one.
         order = sample_order(rows, derived_seed(self.seed, "block", number) if number else self.seed, pass_)
-        return Block(pass_, number, inputs, targets, order, reader, begin)
+        return Buffer(pass_, number, inputs, targets, order, reader, begin)
 
 
 def check_stream(data: StreamDataset, windows: Windows | None) -> None:
@@ -153,7 +161,8 @@ def check_stream(data: StreamDataset, windows: Windows | None) -> None:
 
 
 class StreamOrder(WindowOrder):
-    """The batches of a run in windows of a stream, as places in a window."""
+    """The visits of a run in windows of a stream; samples are known by their places in a window."""
 
-    def _enter(self, number: int, position: int, length: int, view: StreamView) -> None:
-        view.enter(number, position)
+    def _visit(self, number: int, position: int, places: Tensor, teach: str, skip: int) -> Iterator[Visit]:
+        for row in islice(places.to(self.device).split(self.batch_size), skip, None):
+            yield Visit(row, row, teach, (number, position))

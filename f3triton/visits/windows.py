@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..base.choices import check_word
-from ..base.data import Data
+from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
-from ..learn.step import F3Learner
 
 FIRST_VISITS = ("skip", "target", "stale")
+TEACHES = {"skip": "nothing", "target": "target", "stale": "signal"}  # a window's first visit: see `Visit`
 DEFAULT_VISITS = 5
 AUTO_BATCHES = 10  # a window's size in batches, for `auto`
 
@@ -92,49 +92,36 @@ def steps_per_epoch(samples: int, batch_size: int, windows: Windows | None) -> i
     return full * math.ceil(windows.size / batch_size) + math.ceil(rest / batch_size)
 
 
-class WindowView:
-    """The samples of one window, known by their places in it, 0 to size - 1."""
-
-    def __init__(self, data: Data, size: int) -> None:
-        self.data, self.device, self.positions = data, data.device, data.positions
-        self.order = torch.arange(size, device=data.device)  # [size] sample indices in `data`
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def fetch(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.data.fetch(self.order.index_select(0, index), dtype)
-
-    def one_hot(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.data.one_hot(self.order.index_select(0, index), dtype)
-
-    def enter(self, samples: Tensor) -> None:
-        """Show the window of these sample indices, `[<= size]`."""
-        self.order[: len(samples)].copy_(samples)
-
-
 class WindowOrder:
-    """The batches of a run in windows. All of it follows from the seed and the place in the run.
+    """The visits of a run in windows.
 
     A pass of `visits` epochs goes through a new permutation of the data set; every epoch has the same number of steps,
-    wherever in a window it ends.
+    wherever in a window it ends. `delayed`: whether the signal is an error that an earlier visit left, which a window's first
+    visit has not. Sample indices are on `device`.
     """
 
-    def __init__(self, samples: int, batch_size: int, windows: Windows, seed: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        windows: Windows,
+        seed: int,
+        delayed: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.samples, self.batch_size, self.windows, self.seed, self.device = samples, batch_size, windows, seed, device
+        self.first = TEACHES[windows.first_visit] if delayed else "signal"
         self.steps_per_epoch = steps_per_epoch(samples, batch_size, windows)
         self._order: tuple[int, Tensor] | None = None  # of a pass
 
-    def batches(self, epoch: int, learner: object, view: WindowView | None, skip: int = 0) -> Iterator[Tensor]:
-        """An epoch's batches `[batch]` after the first `skip`, as sample indices, or as places in `view`.
-
-        An F3 learner is told when a window begins, and on which visits its hidden layers learn.
-        """
+    def visits(self, epoch: int, skip: int = 0) -> Iterator[Visit]:
+        """An epoch's visits after the first `skip`; rows of errors are places in a window, if it keeps its own (`local`)."""
         number, part = divmod(epoch, self.windows.visits)
-        from_there = self._pass(number, learner, view, part * self.steps_per_epoch + skip)
+        from_there = self._pass(number, part * self.steps_per_epoch + skip)
         return islice(from_there, self.steps_per_epoch - skip)
 
-    def _pass(self, number: int, learner: object, view: WindowView | None, skip: int) -> Iterator[Tensor]:
+    def _pass(self, number: int, skip: int) -> Iterator[Visit]:
+        """The visits of pass `number` after the first `skip`."""
         windows = self.windows
         for position in range(math.ceil(self.samples / windows.size)):
             length = min(windows.size, self.samples - position * windows.size)
@@ -142,33 +129,22 @@ class WindowOrder:
             if skip >= steps * windows.visits:
                 skip -= steps * windows.visits
                 continue
-            samples = self._enter(number, position, length, view)
             for visit in range(windows.visits):
                 if skip >= steps:
                     skip -= steps
                     continue
-                if isinstance(learner, F3Learner):
-                    self._begin(learner, visit, length, fresh=skip == 0)
                 seed = derived_seed(self.seed, "visit", number, position, visit)
-                places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-                index = (samples[places] if view is None else places).to(self.device)
-                yield from index.split(self.batch_size)[skip:]
+                places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))  # [length], in the window
+                teach = self.first if visit == 0 else "signal"
+                yield from self._visit(number, position, places, teach, skip)
                 skip = 0
 
-    def _enter(self, number: int, position: int, length: int, view: WindowView | None) -> Tensor:
-        """The sample indices `[length]` of a window of pass `number`, which the view is shown."""
+    def _visit(self, number: int, position: int, places: Tensor, teach: str, skip: int) -> Iterator[Visit]:
+        """One visit of every sample of a window of pass `number`, in the order of their `places`."""
         if self._order is None or self._order[0] != number:
             self._order = number, sample_order(self.samples, self.seed, number)
-        samples = self._order[1][position * self.windows.size :][:length]
-        if view is not None:
-            view.enter(samples)
-        return samples
-
-    def _begin(self, learner: F3Learner, visit: int, samples: int, fresh: bool) -> None:
-        delayed = learner.store is not None
-        learner.hidden_learn = not (delayed and visit == 0 and self.windows.first_visit == "skip")
-        if delayed and visit == 0 and fresh and self.windows.first_visit == "target":
-            places = torch.arange(samples, device=learner.data.device)
-            targets = learner.data.one_hot(places, learner.dtype)
-            targets = targets.to(learner.device)
-            learner.store.write(places.to(learner.device), learner.reduce(targets, targets))
+        samples = self._order[1][position * self.windows.size :][: len(places)]
+        index = samples[places].to(self.device)
+        rows = places.to(self.device) if self.windows.local else index
+        for batch, row in islice(zip(index.split(self.batch_size), rows.split(self.batch_size), strict=True), skip, None):
+            yield Visit(batch, row, teach)

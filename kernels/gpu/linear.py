@@ -5,15 +5,21 @@ in the one-launch step a program owns a block of rows of the weight, reads them,
 and then updates the rows, which nobody else reads. Weights, moments and feedback are read once and written once: with Adam in
 float32 24 bytes a weight, where backpropagation moves 40.
 
-Sizes may be anything: a tile's corner is a 64-bit offset, what lies in the tile 32-bit ones (64-bit ones everywhere would take
-the registers that the products need). Rows and columns outside are masked on both sides of every product, for what
-lies outside may be NaN. Nothing here is tuned by running it: see `tiles`.
+Rows of every matrix are contiguous; `x_row` is the distance from one row of `x` to the next. Sizes may be anything. Those along
+which memory is read come divided by a unit that divides them (16, 8, 4, 2 or 1), and are multiplied by it here: so the compiler
+knows that a row of 500 float32 numbers has whole copies of 16 bytes, which it cannot know of a 500. A tile's corner is a 64-bit
+offset, what lies in the tile 32-bit ones (64-bit ones everywhere would take the registers that the products need). Rows and
+columns outside are masked on both sides of every product, for what lies outside may be NaN. Nothing here is tuned by running
+it: see `tiles`.
 """
 
 import triton
 import triton.language as tl
 
-from .math import activate, apply_rule, random_bits, round_stochastic, scalar, times_slope
+from .math import activate, apply_rule, counter, random_bits, round_stochastic, scalar, slope
+
+SIZES = ["rows", "outputs", "inputs", "width", "x_row", "weight_row", "delta_row", "error_row", "feedback_row"]
+NUMBERS = ["step", "seed", "bias_seed", "feedback_seed"]
 
 
 @triton.jit
@@ -24,17 +30,17 @@ def _load(pointer, mask, dtype: tl.constexpr):
 @triton.jit
 def _store(parameter, shadow, first, offset, inside, new, seed, step, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr):
     """New values to a parameter, rounded to its type, and to its copy in half precision where there is one."""
-    if STOCHASTIC:
-        new = round_stochastic(new, first + offset.to(tl.int64), seed, step)
+    if STOCHASTIC and parameter.dtype.element_ty == tl.bfloat16:
+        new = round_stochastic(new, first, offset, seed, step)
     tl.store(parameter + first + offset, new.to(parameter.dtype.element_ty), mask=inside)
     if SHADOW:
         tl.store(shadow + first + offset, new.to(shadow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _generated(c, n, units, seed, KIND: tl.constexpr):
-    """Entries `[len(c), len(n)]` of a feedback matrix that is not stored: as `generated.GeneratedFeedback.columns`."""
-    bits = random_bits(c[:, None].to(tl.int64) * units + n[None, :], seed, 0.0)
+def _generated(c, first, n, units, seed, KIND: tl.constexpr):
+    """Entries `[len(c), len(n)]` of a matrix that is not stored, from column `first` on: see `generated.GeneratedFeedback`."""
+    bits = random_bits(c[:, None].to(tl.int64) * units + first, n[None, :], seed, tl.zeros((1, 1), tl.int64))
     if KIND == 1:
         b = (bits % 3).to(tl.float32) - 1.0
     elif KIND == 2:
@@ -45,7 +51,7 @@ def _generated(c, n, units, seed, KIND: tl.constexpr):
 
 
 @triton.jit
-def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c, feedback_n, first_column, units, seed,
+def _project(error, feedback, rows, columns, width, error_row, feedback_row, first_column, units, seed,
              ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr, DTYPE: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """`e B` of a tile `[ROWS, COLUMNS]`, of which `rows` and `columns` are left; both pointers are at its corner.
@@ -54,17 +60,17 @@ def _project(error, feedback, rows, columns, width, error_m, error_c, feedback_c
     """
     signal = tl.zeros((ROWS, COLUMNS), tl.float32)
     m, n, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
-    e_offset = m[:, None] * error_m + c[None, :] * error_c
-    b_offset = c[:, None] * feedback_c + n[None, :] * feedback_n
+    e_offset = m[:, None] * error_row + c[None, :]
+    b_offset = c[:, None] * feedback_row + n[None, :]
     for start in range(0, width, WIDTH):
         e = _load(error + e_offset, (m < rows)[:, None] & (c < width - start)[None, :], DTYPE)
         if GENERATED != 0:
-            b = _generated(start + c, first_column + n, units, seed, GENERATED).to(DTYPE)  # outside, e is zero
+            b = _generated(start + c, first_column, n, units, seed, GENERATED).to(DTYPE)  # outside, e is zero
         else:
             b = _load(feedback + b_offset, (c < width - start)[:, None] & (n < columns)[None, :], DTYPE)
-            feedback += WIDTH * feedback_c
+            feedback += WIDTH * feedback_row
         signal = tl.dot(e, b, signal, input_precision=PRECISION)
-        error += WIDTH * error_c
+        error += WIDTH
     return signal
 
 
@@ -75,97 +81,112 @@ def _place(blocks_a, blocks_b, GROUP: tl.constexpr):
     first = program // (GROUP * blocks_b) * GROUP
     size = tl.minimum(blocks_a - first, GROUP)
     within = program % (GROUP * blocks_b)
-    return (first + within % size).to(tl.int64), (within // size).to(tl.int64)
+    return first + within % size, within // size
 
 
-@triton.jit(do_not_specialize=["feedback_seed"])
+@triton.jit(do_not_specialize=SIZES + NUMBERS)
 def forward(
     x, weight, bias, h, delta, error, feedback, scale, feedback_seed,
-    rows, outputs, inputs, width,
-    x_m, x_k, weight_n, weight_k, error_m, error_c, feedback_c, feedback_n,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ERROR: tl.constexpr,
+    rows, outputs, inputs, width, x_row, weight_row, error_row, feedback_row,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ERROR: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, WIDTH_UNIT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
 ):  # fmt: skip
-    """`h = phi(x W^T + b)  [rows, outputs]` and, with an error, `delta = scale (e B) * phi'(a)`, both contiguous."""
+    """`h = phi(x W^T + b)  [rows, outputs]` and, with an error, `delta = scale (e B) * phi'(a)`, both contiguous.
+
+    With TRANSPOSED the rows in memory, `weight_row` apart, are the columns of `W`.
+    """
+    outputs, feedback_row = outputs * OUTPUTS_UNIT, feedback_row * OUTPUTS_UNIT
+    inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
+    width, error_row = width * WIDTH_UNIT, error_row * WIDTH_UNIT
     block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8)
-    m0, n0 = block_m * ROWS, block_n * OUTPUTS
+    m0, n0 = block_m.to(tl.int64) * ROWS, block_n.to(tl.int64) * OUTPUTS
+    rows, columns = rows - block_m * ROWS, outputs - block_n * OUTPUTS  # what is left from this corner on
     m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
-    x += m0 * x_m
-    weight += n0 * weight_n
-    x_offset = m[:, None] * x_m + k[None, :] * x_k
-    weight_offset = k[:, None] * weight_k + n[None, :] * weight_n
+    x += m0 * x_row
+    x_offset = m[:, None] * x_row + k[None, :]
+    if TRANSPOSED:
+        weight_row = weight_row * OUTPUTS_UNIT
+        weight += n0
+        weight_offset, weight_step = k[:, None] * weight_row + n[None, :], INPUTS * weight_row
+    else:
+        weight_row = weight_row * INPUTS_UNIT
+        weight += n0 * weight_row
+        weight_offset, weight_step = k[:, None] + n[None, :] * weight_row, INPUTS
     a = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
-        left = _load(x + x_offset, (m < rows - m0)[:, None] & (k < inputs - start)[None, :], DTYPE)
-        right = _load(weight + weight_offset, (k < inputs - start)[:, None] & (n < outputs - n0)[None, :], DTYPE)
+        left = _load(x + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
+        right = _load(weight + weight_offset, (k < inputs - start)[:, None] & (n < columns)[None, :], DTYPE)
         a = tl.dot(left, right, a, input_precision=PRECISION)
-        x += INPUTS * x_k
-        weight += INPUTS * weight_k
+        x += INPUTS
+        weight += weight_step
     if HAS_BIAS:
-        a += _load(bias + n0 + n, n < outputs - n0, tl.float32)[None, :]
-    inside = (m < rows - m0)[:, None] & (n < outputs - n0)[None, :]
+        a += _load(bias + n0 + n, n < columns, tl.float32)[None, :]
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
     first, offset = m0 * outputs + n0, m[:, None] * outputs + n[None, :]
     out = activate(a, ACTIVATION)
     tl.store(h + first + offset, out.to(h.dtype.element_ty), mask=inside)
     if HAS_ERROR:
-        signal = _project(error + m0 * error_m, feedback + n0 * feedback_n, rows - m0, outputs - n0, width,
-                          error_m, error_c, feedback_c, feedback_n, n0, outputs, feedback_seed,
-                          ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
-        signal = times_slope(scale * signal, a, out, ACTIVATION)
-        tl.store(delta + first + offset, signal.to(delta.dtype.element_ty), mask=inside)
+        of_slope = slope(a, out, ACTIVATION)  # before the product, which then shares the registers with this alone
+        signal = _project(error + m0 * error_row, feedback + n0, rows, columns, width, error_row, feedback_row, n0, outputs,
+                          feedback_seed, ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
+        tl.store(delta + first + offset, (scale * signal * of_slope).to(delta.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "bias_seed"])
+@triton.jit(do_not_specialize=SIZES + NUMBERS)
 def update(
-    weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, delta, x, gradient, bias_gradient, shadow,
+    weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, delta, x, shadow,
     lr, step, log_beta1, log_beta2, seed, bias_seed,
-    rows, outputs, inputs, delta_m, delta_n, x_m, x_k,
+    rows, outputs, inputs, delta_row, x_row,
     HAS_BIAS: tl.constexpr, KEEP_GRADIENT: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients are written.
+    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients take their places.
 
     The first column of programs also sums `delta` for the bias, in a loop of its own: in the products' loop the sum would
-    hold those tiles in registers, which only the tensor cores should see.
+    hold those tiles in registers, which only the tensor cores should see. Tiles are added up and summed once at the end: a sum
+    in the loop is more work, and Triton before 3.9 does not compile it.
     """
+    outputs, delta_row = outputs * OUTPUTS_UNIT, delta_row * OUTPUTS_UNIT
+    inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
     block_n, block_k = _place(tl.cdiv(outputs, OUTPUTS), tl.cdiv(inputs, INPUTS), 8)
-    n0, k0 = block_n * OUTPUTS, block_k * INPUTS
+    n0, k0 = block_n.to(tl.int64) * OUTPUTS, block_k.to(tl.int64) * INPUTS
     n, k, m = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
-    delta += n0 * delta_n
-    x += k0 * x_k
-    delta_offset = n[:, None] * delta_n + m[None, :] * delta_m
-    x_offset = m[:, None] * x_m + k[None, :] * x_k
+    own, columns = n < outputs - block_n * OUTPUTS, k < inputs - block_k * INPUTS
+    delta += n0
+    x += k0
+    delta_offset = n[:, None] + m[None, :] * delta_row
+    x_offset = m[:, None] * x_row + k[None, :]
     tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
     delta_here = delta
     for start in range(0, rows, ROWS):
-        left = _load(delta_here + delta_offset, (n < outputs - n0)[:, None] & (m < rows - start)[None, :], DTYPE)
-        right = _load(x + x_offset, (m < rows - start)[:, None] & (k < inputs - k0)[None, :], DTYPE)
+        left = _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], DTYPE)
+        right = _load(x + x_offset, (m < rows - start)[:, None] & columns[None, :], DTYPE)
         tile = tl.dot(left, right, tile, input_precision=PRECISION)
-        delta_here += ROWS * delta_m
-        x += ROWS * x_m
-    rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
-    inside = (n < outputs - n0)[:, None] & (k < inputs - k0)[None, :]
+        delta_here += ROWS * delta_row
+        x += ROWS * x_row
+    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
+    inside = own[:, None] & columns[None, :]
     first, offset = n0 * inputs + k0, n[:, None] * inputs + k[None, :]
     if KEEP_GRADIENT:
-        tl.store(gradient + first + offset, tile.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(weight + first + offset, tile.to(weight.dtype.element_ty), mask=inside)
     else:
         old = _load(weight + first + offset, inside, tl.float32)
         new = apply_rule(old, tile, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
                          log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
         _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
     if HAS_BIAS and block_k == 0:
-        total = tl.zeros((OUTPUTS,), tl.float32)
+        sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
         for start in range(0, rows, ROWS):
-            within = (n < outputs - n0)[:, None] & (m < rows - start)[None, :]
-            total += tl.sum(_load(delta + delta_offset, within, tl.float32), 1)
-            delta += ROWS * delta_m
-        own = n < outputs - n0
+            sums += _load(delta + delta_offset, own[:, None] & (m < rows - start)[None, :], tl.float32)
+            delta += ROWS * delta_row
+        total = tl.sum(sums, 1)
         if KEEP_GRADIENT:
-            tl.store(bias_gradient + n0 + n, total.to(bias_gradient.dtype.element_ty), mask=own)
+            tl.store(bias + n0 + n, total.to(bias.dtype.element_ty), mask=own)
         else:
             old_bias = _load(bias + n0 + n, own, tl.float32)
             new_bias = apply_rule(old_bias, total, bias_m1 + n0 + n, bias_m2 + n0 + n, own, rate, count, log_beta1, log_beta2,
@@ -173,14 +194,15 @@ def update(
             _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["seed", "bias_seed", "feedback_seed"])
+@triton.jit(do_not_specialize=SIZES + NUMBERS)
 def step_small(
     x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, shadow, scale, feedback_seed,
     lr, step, log_beta1, log_beta2, seed, bias_seed,
-    rows, outputs, inputs, width, x_m, x_k, error_m, error_c, feedback_c, feedback_n,
+    rows, outputs, inputs, width, x_row, error_row, feedback_row,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
+    OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, WIDTH_UNIT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
 ):  # fmt: skip
@@ -189,19 +211,23 @@ def step_small(
     No barrier is needed: `h` and `delta` of a row of W need only that row, and the first loop is over before the second
     one writes.
     """
-    n0 = tl.program_id(0).to(tl.int64) * OUTPUTS
+    outputs, feedback_row = outputs * OUTPUTS_UNIT, feedback_row * OUTPUTS_UNIT
+    inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
+    width, error_row = width * WIDTH_UNIT, error_row * WIDTH_UNIT
+    block = tl.program_id(0)
+    n0, columns = block.to(tl.int64) * OUTPUTS, outputs - block * OUTPUTS
     m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
     first = n0 * inputs
-    x_offset = m[:, None] * x_m + k[None, :] * x_k
+    x_offset = m[:, None] * x_row + k[None, :]
     weight_offset = k[:, None] + n[None, :] * inputs
-    own = n < outputs - n0
+    own = n < columns
     x_here, weight_here = x, weight + first
     a = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(0, inputs, INPUTS):
         left = _load(x_here + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
         right = _load(weight_here + weight_offset, (k < inputs - start)[:, None] & own[None, :], DTYPE)
         a = tl.dot(left, right, a, input_precision=PRECISION)
-        x_here += INPUTS * x_k
+        x_here += INPUTS
         weight_here += INPUTS
     if HAS_BIAS:
         old_bias = _load(bias + n0 + n, own, tl.float32)
@@ -209,11 +235,12 @@ def step_small(
     out = activate(a, ACTIVATION)
     inside_h = (m < rows)[:, None] & own[None, :]
     tl.store(h + n0 + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
-    signal = _project(error, feedback + n0 * feedback_n, rows, outputs - n0, width, error_m, error_c, feedback_c, feedback_n,
-                      n0, outputs, feedback_seed, ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
+    of_slope = slope(a, out, ACTIVATION)
+    signal = _project(error, feedback + n0, rows, columns, width, error_row, feedback_row, n0, outputs, feedback_seed,
+                      ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
     # Rows beyond the batch have no error, and so no part in the gradient.
-    delta = tl.where(inside_h, times_slope(scale * signal, a, out, ACTIVATION), 0.0).to(DTYPE)
-    rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
+    delta = tl.where(inside_h, scale * signal * of_slope, 0.0).to(DTYPE)
+    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
     left = tl.trans(delta)
     offset = n[:, None] * inputs + k[None, :]
     tl.debug_barrier()  # every warp has read its part of W before any warp writes
@@ -225,7 +252,7 @@ def step_small(
         new = apply_rule(old, gradient, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
                          log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
         _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
-        x += INPUTS * x_k
+        x += INPUTS
         first += INPUTS
     if HAS_BIAS:
         total = tl.sum(delta.to(tl.float32), 0)
@@ -234,19 +261,21 @@ def step_small(
         _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["elements", *NUMBERS])
 def update_elements(
-    parameter, gradient, first, second, lr, step, log_beta1, log_beta2, seed, count_elements, STOCHASTIC: tl.constexpr,
+    parameter, gradient, first, second, shadow, lr, step, log_beta1, log_beta2, seed, elements,
+    SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rule on any contiguous parameter, from a gradient in memory."""
     corner, offset = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     i = corner + offset
-    inside = i < count_elements
-    rate, count = scalar(lr, LR_IN_MEMORY), scalar(step, STEP_IN_MEMORY)
+    inside = offset < elements.to(tl.int64) * UNIT - corner
+    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
     old = _load(parameter + i, inside, tl.float32)
     own = _load(gradient + i, inside, tl.float32)
     new = apply_rule(old, own, first + i, second + i, inside, rate, count, log_beta1, log_beta2,
                      KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-    _store(parameter, parameter, corner, offset, inside, new, seed, count, False, STOCHASTIC)
+    _store(parameter, shadow, corner, offset, inside, new, seed, count, SHADOW, STOCHASTIC)

@@ -28,11 +28,11 @@ def activate(a, KIND: tl.constexpr):
     elif KIND == 2:
         h = tl.sigmoid(a)
     elif KIND == 3:
-        h = tl.where(a > 0, a, 0.0)
+        h = tl.where(a <= 0, 0.0, a)  # NaN stays NaN
     elif KIND == 4:
         h = 0.5 * a * (1 + tl.erf(a * 0.7071067811865476))
     elif KIND == 5:
-        h = 0.5 * a * (1 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)))
+        h = a * tl.sigmoid(a * (1.5957691216057308 + 0.07135481627260025 * a * a))  # (1 + tanh z) / 2 is sigmoid 2z
     elif KIND == 6:
         h = a * tl.sigmoid(a)
     else:
@@ -41,26 +41,25 @@ def activate(a, KIND: tl.constexpr):
 
 
 @triton.jit
-def times_slope(gradient, a, h, KIND: tl.constexpr):
-    """`gradient * phi'(a)`, with `h = phi(a)` at hand."""
+def slope(a, h, KIND: tl.constexpr):
+    """`phi'(a)`, with `h = phi(a)` at hand."""
     if KIND == 1:
-        out = gradient * (1 - h * h)
+        out = 1 - h * h
     elif KIND == 2:
-        out = gradient * h * (1 - h)
+        out = h * (1 - h)
     elif KIND == 3:
-        out = tl.where(a > 0, gradient, 0.0)
+        out = tl.where(a <= 0, 0.0, 1.0)
     elif KIND == 4:
         normal = 0.3989422804014327 * tl.exp(-0.5 * a * a)
-        out = gradient * (0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * normal)
+        out = 0.5 * (1 + tl.erf(a * 0.7071067811865476)) + a * normal
     elif KIND == 5:
-        t = tanh(0.7978845608028654 * (a + 0.044715 * a * a * a))
-        inner = 0.7978845608028654 * (1 + 0.134145 * a * a)
-        out = gradient * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner)
+        s = tl.sigmoid(a * (1.5957691216057308 + 0.07135481627260025 * a * a))
+        out = s * (1 + a * (1 - s) * (1.5957691216057308 + 0.21406444881780073 * a * a))
     elif KIND == 6:
         s = tl.sigmoid(a)
-        out = gradient * s * (1 + a * (1 - s))
+        out = s * (1 + a * (1 - s))
     else:
-        out = gradient
+        out = tl.full(a.shape, 1.0, tl.float32)
     return out
 
 
@@ -71,6 +70,12 @@ def scalar(value, FROM_MEMORY: tl.constexpr):
 
 
 @triton.jit
+def counter(value, FROM_MEMORY: tl.constexpr):
+    """As `scalar`, for a whole number."""
+    return tl.load(value).to(tl.int64) if FROM_MEMORY else value.to(tl.int64)
+
+
+@triton.jit
 def _mix(h):
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -78,18 +83,18 @@ def _mix(h):
 
 
 @triton.jit
-def random_bits(element, seed, step):
-    """As `rounding.random_bits`, for 64-bit element numbers and a step counted in float32."""
-    h = _mix(element.to(tl.uint32) ^ seed.to(tl.uint32))
-    count = (tl.zeros_like(element).to(tl.float32) + step).to(tl.int64)  # the interpreter has plain numbers as scalars
-    return _mix(h ^ (count * 0x9E3779B9 + (element >> 32)).to(tl.uint32))
+def random_bits(first, offset, seed, step):
+    """As `rounding.random_bits`, for the elements `first + offset`, of 64 and 32 bits; in 32 bits but for the carry."""
+    low = first.to(tl.uint32) + offset.to(tl.uint32)
+    high = (first >> 32).to(tl.uint32) + (low < offset.to(tl.uint32)).to(tl.uint32)
+    return _mix(_mix(low ^ seed.to(tl.uint32)) ^ ((step * 0x9E3779B9).to(tl.uint32) + high))
 
 
 @triton.jit
-def round_stochastic(value, element, seed, step):
+def round_stochastic(value, first, offset, seed, step):
     """As `rounding.round_stochastic`; the result is float32 and fits bfloat16 exactly."""
     bits = value.to(tl.uint32, bitcast=True)
-    up = (bits + (random_bits(element, seed, step) & 0xFFFF)) & 0xFFFF0000
+    up = (bits + (random_bits(first, offset, seed, step) & 0xFFFF)) & 0xFFFF0000
     finite = (bits & 0x7F800000) != 0x7F800000
     return tl.where(finite, up.to(tl.float32, bitcast=True), value)
 
@@ -97,7 +102,7 @@ def round_stochastic(value, element, seed, step):
 @triton.jit
 def one_minus_power(log_beta, step):
     """`1 - beta^step` to full single precision: near zero by the series of `expm1`, where the difference would cancel."""
-    z = log_beta * step
+    z = log_beta * step.to(tl.float32)
     series = 1 + z * (1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * (1 / 720 + z * (1 / 5040 + z / 40320))))))
     return tl.where(z > -0.5, -z * series, 1 - tl.exp(z))
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cache, partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial, wraps
+from inspect import signature
 from types import SimpleNamespace
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -20,13 +24,16 @@ from torch import Tensor
 
 from .. import eager
 from ..generated import KINDS, GeneratedFeedback
-from ..rounding import BIAS_SEED
-from ..rules import SGD, Moments, Rule
+from ..rounding import parameter_seed
+from ..rules import SGD, State, Update
 from . import linear as kernels
 from . import output as triton_output
 from . import tiles
 from .math import ACTIVATION, ADAM, ADAMW
 from .math import SGD as PLAIN
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 READS_SHADOWS = True  # a half-precision copy of the weight makes the forward product faster; torch's converts it anyway
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,17 +49,54 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_state(moments: Moments, rule: Rule, shadow: Tensor | None = None, **parameters: Tensor | None) -> None:
-    for name, tensor in parameters.items():
-        if tensor is not None:
-            fits = tensor.dtype in (torch.float32, torch.bfloat16) and tensor.is_contiguous()
-            _check(fits, f"{name} must be float32 or bfloat16, and contiguous, for the Triton kernels, got {tensor.dtype}")
-    fit = len(moments) >= rule.moments and all(m.dtype == torch.float32 and m.is_contiguous() for m in moments)
-    _check(fit, f"{type(rule).__name__} needs {rule.moments} moments a parameter, float32 and contiguous: see new_moments")
-    if shadow is not None:
-        weight = parameters["weight"]
-        fits = shadow.shape == weight.shape and shadow.is_contiguous() and shadow.dtype in (torch.float16, torch.bfloat16)
-        _check(fits, f"shadow must be contiguous, in half precision, of shape {list(weight.shape)}, got {list(shadow.shape)}")
+def _current(device: torch.device) -> AbstractContextManager:
+    """The device as the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _entry(operation: Callable[P, R]) -> Callable[P, R]:
+    """What every public operation goes through: its tensors are on one device, and the launch is on that one."""
+    names = tuple(signature(operation).parameters)
+
+    @wraps(operation)
+    def run(*arguments: P.args, **named: P.kwargs) -> R:
+        given = dict(zip(names, arguments, strict=False)) | named
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        first, *others = tensors
+        device = tensors[first].device
+        _check(_INTERPRETED or device.type != "cpu", f"{first} is on the CPU; the Triton kernels need a CUDA or ROCm device")
+        for name in others:
+            other = tensors[name].device
+            _check(other == device, f"{name} is on {other} and {first} on {device}; the Triton kernels need them on one device")
+        with _current(device):
+            return operation(*arguments, **named)
+
+    return run
+
+
+def _check_state(name: str, parameter: Tensor | None, state: State | None, update: Update) -> None:
+    if parameter is None:
+        return
+    rule, device, shape = update.rule, parameter.device, list(parameter.shape)
+    fits = parameter.dtype in (torch.float32, torch.bfloat16) and parameter.is_contiguous()
+    _check(fits, f"{name} must be float32 or bfloat16, and contiguous, for the Triton kernels, got {parameter.dtype}")
+    _check(state is not None, f"{name} has no state: see new_state")
+    buffers = state.moments if state.shadow is None else (*state.moments, state.shadow)
+    fits = len(state.moments) >= rule.moments and all(moment.dtype == torch.float32 for moment in state.moments)
+    fits &= all(b.is_contiguous() and b.shape == parameter.shape and b.device == device for b in buffers)
+    fits &= state.shadow is None or state.shadow.dtype in (torch.float16, torch.bfloat16)
+    _check(
+        fits,
+        f"the state of {name} does not fit: {type(rule).__name__} needs {rule.moments} moments in float32, and a shadow half "
+        f"precision; all contiguous, of shape {shape}, on {device}: see new_state",
+    )
+    for what, value in (("lr", update.lr), ("step", update.step)):
+        _check(not isinstance(value, Tensor) or value.device == device, f"{what} is not on {device}, where {name} is")
+
+
+def _check_bias(bias: Tensor | None, outputs: int) -> None:
+    fits = bias is None or (bias.shape == (outputs,) and bias.is_contiguous())
+    _check(fits, f"bias must be contiguous, of shape {[outputs]}, got {bias is not None and list(bias.shape)}")
 
 
 @cache
@@ -63,17 +107,18 @@ def _roomy(device: torch.device) -> bool:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= tiles.ROOMY
 
 
-def _seeds(seed: int | None) -> tuple[int, int]:
-    """The seeds of a weight's and a bias's rounding; they are not read where rounding is to nearest."""
-    return (0, 0) if seed is None else (seed, seed ^ BIAS_SEED)
+def _in_rows(name: str, tensor: Tensor) -> Tensor:
+    """The matrix with contiguous rows, a copy where it has none."""
+    _check(tensor.dim() == 2, f"{name} must have two dimensions, got shape {list(tensor.shape)}")
+    _check(tensor.dtype in _DTYPES, f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; use backend 'torch'")
+    tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    _check_length(f"the distance of rows in {name}", max(tensor.shape[1], tensor.stride(0)))
+    return tensor
 
 
-def _check_product(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        near = all(abs(stride) < tiles.STRIDE for stride in tensor.stride())  # within a tile offsets have 32 bits
-        _check(near, f"{name} has strides {tensor.stride()}; the Triton kernels need strides below {tiles.STRIDE}")
-        _check(tensor.dim() == 2, f"{name} must have two dimensions, got shape {list(tensor.shape)}")
-        _check(tensor.dtype in _DTYPES, f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}; use backend 'torch'")
+def _check_length(name: str, length: int) -> None:
+    """Within a tile offsets have 32 bits."""
+    _check(length < tiles.STRIDE, f"{name} is {length}; the Triton kernels need less than {tiles.STRIDE}: use backend 'torch'")
 
 
 def _product_dtype(x: Tensor) -> triton.language.dtype:
@@ -81,15 +126,22 @@ def _product_dtype(x: Tensor) -> triton.language.dtype:
     return triton.language.float32 if _INTERPRETED else _DTYPES[x.dtype]
 
 
-def _rule_arguments(rule: Rule, lr: float | Tensor, step: int | Tensor) -> dict[str, object]:
-    """What the kernels' rule needs, from settings and numbers or device scalars."""
+def _numbers(update: Update, *states: State | None) -> tuple[object, ...]:
+    """What changes from step to step: learning rate, step, logarithms of the betas, and the seed of each state's rounding."""
+    lr, step = update.lr, update.step
+    betas = (0.0, 0.0) if isinstance(update.rule, SGD) else update.rule.betas
+    logarithms = (math.log(beta) if beta else -1e4 for beta in betas)  # beta 0: its powers vanish
+    unread = update.seed is None
+    seeds = (0 if unread or state is None else parameter_seed(update.seed, state.place) for state in states)
+    return lr if isinstance(lr, Tensor) else float(lr), step if isinstance(step, Tensor) else int(step), *logarithms, *seeds
+
+
+def _constants(update: Update, state: State, *parameters: Tensor) -> dict[str, object]:
+    """What an update's kernel is compiled for: the rule, and how the parameters are written."""
+    rule = update.rule
     plain = isinstance(rule, SGD)
     beta1, beta2 = (0.0, 0.0) if plain else rule.betas
     return {
-        "lr": lr if isinstance(lr, Tensor) else float(lr),
-        "step": step if isinstance(step, Tensor) else float(step),
-        "log_beta1": math.log(beta1) if beta1 else -1e4,  # beta 0: its powers vanish
-        "log_beta2": math.log(beta2) if beta2 else -1e4,
         "KIND": PLAIN if plain else ADAMW if rule.decoupled else ADAM,
         "MOMENTUM": rule.momentum if plain else 0.0,
         "NESTEROV": plain and rule.nesterov,
@@ -97,23 +149,53 @@ def _rule_arguments(rule: Rule, lr: float | Tensor, step: int | Tensor) -> dict[
         "BETA2": beta2,
         "EPS": 0.0 if plain else rule.eps,
         "DECAY": rule.weight_decay,
-        "LR_IN_MEMORY": isinstance(lr, Tensor),
-        "STEP_IN_MEMORY": isinstance(step, Tensor),
+        "LR_IN_MEMORY": isinstance(update.lr, Tensor),
+        "STEP_IN_MEMORY": isinstance(update.step, Tensor),
+        "SHADOW": state.shadow is not None,
+        "STOCHASTIC": update.seed is not None and any(p.dtype == torch.bfloat16 for p in parameters),
     }
 
 
-def _two(moments: Moments, instead: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(parameter: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
     """Two pointers whatever the rule keeps; those that it does not keep are never followed."""
-    return (*moments, instead, instead)[:2]
+    return (*(() if state is None else state.moments), parameter, parameter)[:2]
 
 
-def _feedback(feedback: Tensor | GeneratedFeedback, error: Tensor, scale: float) -> tuple[Tensor, float, int, int]:
-    """(a pointer, the scale, the kind of entries or 0, the seed) for a matrix that is stored, or that the kernel makes."""
+def unit(*lengths: int) -> int:
+    """The largest of 16, 8, 4, 2 and 1 that divides all lengths (0 stands for none): see `linear`."""
+    return math.gcd(16, *lengths)
+
+
+class _Sent(NamedTuple):
+    """An error and its feedback as a kernel takes them; `kind` is that of entries that the kernel makes, or 0."""
+
+    error: Tensor
+    feedback: Tensor
+    scale: float
+    kind: int = 0
+    seed: int = 0
+    width: int = 1
+    unit: int = 1
+    error_row: int = 1
+    feedback_row: int = 0
+
+
+def _sent(error: Tensor | None, feedback: Tensor | GeneratedFeedback | None, scale: float, x: Tensor, outputs: int) -> _Sent:
+    if error is None:
+        return _Sent(x, x, scale)  # not read
+    error = _in_rows("error", error)
+    width, shape = error.shape[1], [error.shape[1], outputs]
+    _check(len(error) == len(x), f"error has {len(error)} rows and x {len(x)}")
+    _check(list(feedback.shape) == shape, f"feedback has shape {list(feedback.shape)}; needed: {shape}")
+    along = width, unit(width, error.stride(0)), error.stride(0)
     if isinstance(feedback, GeneratedFeedback):
-        return error, scale * feedback.amplitude, KINDS[feedback.kind], feedback.seed
-    return feedback, scale, 0, 0
+        return _Sent(error, error, scale * feedback.amplitude, KINDS[feedback.kind], feedback.seed, *along)
+    feedback = feedback if feedback.stride(1) == 1 else feedback.contiguous()
+    _check_length("the distance of rows in feedback", feedback.stride(0))
+    return _Sent(error, feedback, float(scale), 0, 0, *along, feedback.stride(0))
 
 
+@_entry
 def linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -124,30 +206,38 @@ def linear_forward(
     scale: float = 1.0,
     precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.linear_forward`. Any strides; the weight may be of a wider type than `x`. Results are of `x`'s type."""
-    _check_product(x=x, weight=weight)
+    """See `reference.linear_forward`. The weight may be of a wider type than `x`. Results are of `x`'s type."""
+    x = _in_rows("x", x)
+    _check(weight.dim() == 2, f"weight must have two dimensions, got shape {list(weight.shape)}")
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    stored = _in_rows("weight", weight.t() if transposed else weight)
     rows, inputs = x.shape
     outputs = weight.shape[0]
     _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
+    _check_length("the number of outputs", outputs)
+    _check_bias(bias, outputs)
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     delta = h if error is None else torch.empty_like(h)
-    if error is None:
-        error = feedback = x  # not read
-    feedback, scale, kind, feedback_seed = _feedback(feedback, error, scale)
-    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device))
+    sent = _sent(error, feedback, scale, x, outputs)
+    outputs_unit = unit(outputs, sent.feedback_row, stored.stride(0) if transposed else 0)
+    inputs_unit = unit(inputs, x.stride(0), 0 if transposed else stored.stride(0))
+    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device), activation in tiles.CURVED)
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
-        x, weight, weight if bias is None else bias, h, delta, error, feedback, float(scale), feedback_seed,
-        rows, outputs, inputs, error.shape[1],
-        *x.stride(), *weight.stride(), *error.stride(), *feedback.stride(),
-        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h,
+        x, stored, stored if bias is None else bias, h, delta, sent.error, sent.feedback, sent.scale, sent.seed,
+        rows, outputs // outputs_unit, inputs // inputs_unit, sent.width // sent.unit,
+        x.stride(0) // inputs_unit, stored.stride(0) // (outputs_unit if transposed else inputs_unit),
+        sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
+        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h, TRANSPOSED=transposed,
+        OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit,
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=kind,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h if delta is h else (h, delta)
 
 
+@_entry
 def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, precision: str = "ieee"
 ) -> tuple[Tensor, Tensor]:
@@ -156,220 +246,176 @@ def linear_keep(
 
 
 def _launch_update(
-    delta: Tensor,
-    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    weight_moments: tuple[Tensor, Tensor],
-    bias_moments: tuple[Tensor, Tensor],
-    rule: dict[str, object],
-    gradients: tuple[Tensor, Tensor] | None,
+    delta: Tensor,
+    x: Tensor,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
     precision: str,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
+    keep_gradient: bool = False,
 ) -> None:
-    _check_product(delta=delta, x=x)
+    """The update of weight and bias; with `keep_gradient` they get their gradients instead."""
+    delta, x = _in_rows("delta", delta), _in_rows("x", x)
     rows, outputs = delta.shape
     inputs = x.shape[1]
     _check(x.shape[0] == rows, f"delta has {rows} rows and x {x.shape[0]}")
     _check(weight.shape == (outputs, inputs), f"weight has shape {list(weight.shape)}; needed: {[outputs, inputs]}")
-    moments = 0 if gradients is not None or weight_moments[0] is weight else 1 if weight_moments[1] is weight else 2
-    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, moments, _roomy(x.device))
+    _check_bias(bias, outputs)
+    constants = _constants(update, weight_state, weight, weight if bias is None else bias)
+    more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
+    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device))
     block_n, block_k, block_m = tile.blocks
-    kept = gradients if gradients is not None else (weight, weight)
+    outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
+    other = weight if bias is None else bias
     kernels.update[(triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n),)](
-        weight, weight if bias is None else bias, *weight_moments, *bias_moments, delta, x, *kept,
-        weight if shadow is None else shadow,
-        rule["lr"], rule["step"], rule["log_beta1"], rule["log_beta2"], *_seeds(seed),
-        rows, outputs, inputs, *delta.stride(), *x.stride(),
-        HAS_BIAS=bias is not None, KEEP_GRADIENT=gradients is not None, **_constants(rule),
-        SHADOW=shadow is not None, STOCHASTIC=seed is not None and weight.dtype != torch.float32,
-        DTYPE=_product_dtype(x), PRECISION=precision,
+        weight, other, *_moments(weight, weight_state), *_moments(other, bias_state), delta, x,
+        weight if weight_state.shadow is None else weight_state.shadow,
+        *_numbers(update, weight_state, bias_state),
+        rows, outputs // outputs_unit, inputs // inputs_unit, delta.stride(0) // outputs_unit, x.stride(0) // inputs_unit,
+        HAS_BIAS=bias is not None, KEEP_GRADIENT=keep_gradient, **constants,
+        OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, DTYPE=_product_dtype(x), PRECISION=precision,
         OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _constants(rule: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in rule.items() if name.isupper()}
-
-
+@_entry
 def outer_product(delta: Tensor, x: Tensor, precision: str = "ieee") -> tuple[Tensor, Tensor]:
     """See `reference.outer_product`; the gradients are float32."""
     weight = torch.empty(delta.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     bias = torch.empty(delta.shape[1], dtype=torch.float32, device=x.device)
-    rule = _rule_arguments(SGD(), 0.0, 1)
-    _launch_update(delta, x, weight, bias, (weight, weight), (bias, bias), rule, (weight, bias), precision)
+    nothing = State(())
+    _launch_update(weight, bias, delta, x, nothing, nothing, Update(SGD(), 0.0, 1), precision, keep_gradient=True)
     return weight, bias
 
 
+@_entry
 def outer_product_update_(
     weight: Tensor,
     bias: Tensor | None,
     delta: Tensor,
     x: Tensor,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
     precision: str = "ieee",
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
 ) -> None:
     """See `reference.outer_product_update_`; `delta` and `x` may have any strides."""
-    _check_state(weight_moments, rule, shadow, weight=weight, bias=bias)
-    other = weight if bias is None else bias
-    moments = _two(weight_moments, weight), _two(bias_moments, other)
-    _launch_update(delta, x, weight, bias, *moments, _rule_arguments(rule, lr, step), None, precision, seed, shadow)
+    _check_state("weight", weight, weight_state, update)
+    _check_state("bias", bias, bias_state, update)
+    _check(bias is None or bias_state.shadow is None, "a bias has a shadow; the Triton kernels read the bias itself")
+    _launch_update(weight, bias, delta, x, weight_state, bias_state, update, precision)
 
 
+@_entry
 def linear_step_(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     error: Tensor,
     feedback: Tensor | GeneratedFeedback,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
     activation: str = "identity",
     scale: float = 1.0,
-    precision: str = "ieee",
     *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
+    precision: str = "ieee",
 ) -> Tensor:
     """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
 
     One launch has to read the weight itself for the update, and so makes `h` from it, rounded as the shadow is.
     """
-    rows, inputs = x.shape
+    x = _in_rows("x", x)
+    rows = len(x)
+    shadow = weight if weight_state.shadow is None else weight_state.shadow
     if rows > tiles.STEP_ROWS:
-        source = weight if shadow is None else shadow
-        h, delta = linear_forward(x, source, bias, activation, error, feedback, scale, precision)
-        outer_product_update_(
-            weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision, seed=seed, shadow=shadow
-        )
+        h, delta = linear_forward(x, shadow, bias, activation, error, feedback, scale, precision)
+        outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
         return h
-    _check_product(x=x, error=error)
-    _check_state(weight_moments, rule, shadow, weight=weight, bias=bias)
-    outputs = weight.shape[0]
-    _check(weight.shape[1] == inputs, f"weight has {weight.shape[1]} inputs and x {inputs}")
+    _check_state("weight", weight, weight_state, update)
+    _check_state("bias", bias, bias_state, update)
+    _check(bias is None or bias_state.shadow is None, "a bias has a shadow; the Triton kernels read the bias itself")
+    outputs, inputs = weight.shape
+    _check(x.shape[1] == inputs, f"weight has {inputs} inputs and x {x.shape[1]}")
+    _check_length("the number of outputs", outputs)
+    _check_bias(bias, outputs)
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    own = _rule_arguments(rule, lr, step)
-    feedback, scale, kind, feedback_seed = _feedback(feedback, error, scale)
-    block_m, tile = tiles.step_tile(rows)
+    sent = _sent(error, feedback, scale, x, outputs)
+    outputs_unit, inputs_unit = unit(outputs, sent.feedback_row), unit(inputs, x.stride(0))
+    block_m, tile = tiles.step_tile(rows, x.dtype != torch.float32, sent.kind != 0)
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
-        x, weight, other, *_two(weight_moments, weight), *_two(bias_moments, other), h, error, feedback,
-        weight if shadow is None else shadow, float(scale), feedback_seed,
-        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], *_seeds(seed),
-        rows, outputs, inputs, error.shape[1], *x.stride(), *error.stride(), *feedback.stride(),
-        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(own),
-        SHADOW=shadow is not None, STOCHASTIC=seed is not None and weight.dtype != torch.float32,
-        DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=kind,
+        x, weight, other, *_moments(weight, weight_state), *_moments(other, bias_state), h, sent.error, sent.feedback,
+        shadow, sent.scale, sent.seed, *_numbers(update, weight_state, bias_state),
+        rows, outputs // outputs_unit, inputs // inputs_unit, sent.width // sent.unit,
+        x.stride(0) // inputs_unit, sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
+        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(update, weight_state, weight, other),
+        OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit, DTYPE=_product_dtype(x), PRECISION=precision,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h
 
 
+@_entry
 def linear_backward_update_(
     weight: Tensor,
     bias: Tensor | None,
     delta: Tensor,
     x: Tensor,
-    rule: Rule,
-    weight_moments: Moments,
-    bias_moments: Moments,
-    lr: float | Tensor,
-    step: int | Tensor,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
     precision: str = "ieee",
-    *,
-    seed: int | None = None,
-    shadow: Tensor | None = None,
 ) -> Tensor:
     """See `reference.linear_backward_update_`: two launches, in stream order, so that `dx` sees the old weight."""
-    input_gradient = linear_forward(delta, (weight if shadow is None else shadow).t(), precision=precision)
-    outer_product_update_(
-        weight, bias, delta, x, rule, weight_moments, bias_moments, lr, step, precision, seed=seed, shadow=shadow
-    )
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    input_gradient = linear_forward(delta, source.t(), precision=precision)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
     return input_gradient
 
 
-def update_(
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Moments,
-    rule: Rule,
-    lr: float | Tensor,
-    step: int | Tensor,
-    seed: int | None = None,
-) -> None:
+@_entry
+def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
     """See `reference.update_`, for a parameter of any shape."""
-    _check_state(moments, rule, parameter=parameter)
-    own, block = _rule_arguments(rule, lr, step), tiles.ELEMENTWISE
-    kernels.update_elements[(triton.cdiv(parameter.numel(), block),)](
-        parameter, gradient.contiguous(), *_two(moments, parameter),
-        own["lr"], own["step"], own["log_beta1"], own["log_beta2"], _seeds(seed)[0], parameter.numel(), **_constants(own),
-        STOCHASTIC=seed is not None and parameter.dtype != torch.float32, BLOCK=block,
-        enable_fp_fusion=True,
+    _check_state("parameter", parameter, state, update)
+    _check(gradient.shape == parameter.shape, f"gradient has shape {list(gradient.shape)}; needed: {list(parameter.shape)}")
+    block, elements = tiles.ELEMENTWISE, parameter.numel()
+    kernels.update_elements[(triton.cdiv(elements, block),)](
+        parameter, gradient.contiguous(), *_moments(parameter, state), parameter if state.shadow is None else state.shadow,
+        *_numbers(update, state), elements // unit(elements), **_constants(update, state, parameter),
+        UNIT=unit(elements), BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _output(
-    a: Tensor, target: Tensor, loss: str, source: str, link: str, rows: Tensor | None = None, index: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """`(losses [M], correct [M], gradient [M, C], error [M, C])`; the error is in `rows` instead where those are given."""
-    _check_product(a=a, target=target)
-    a, target = a.contiguous(), target.contiguous()
+@_entry
+def output_step(
+    a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto"
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """See `reference.output_step`; losses are float32."""
+    a, target = _in_rows("a", a).contiguous(), _in_rows("target", target).contiguous()
     samples, classes = a.shape
     _check(target.shape == a.shape, f"target has shape {list(target.shape)}; needed: {list(a.shape)}")
-    _check(classes <= tiles.OUTPUTS, f"a has {classes} columns; at most {tiles.OUTPUTS} fit: use backend 'torch'")
-    gradient, error = torch.empty_like(a), torch.empty_like(a) if rows is None else rows
-    if rows is not None:
-        fits = rows.dim() == 2 and rows.shape[1] == classes and rows.is_contiguous() and index.dtype == torch.int64
-        _check(fits, f"rows must be contiguous, of {classes} columns, and index int64; got {list(rows.shape)}, {index.dtype}")
+    gradient, error = torch.empty_like(a), torch.empty_like(a)
     losses = torch.empty(samples, dtype=torch.float32, device=a.device)
-    correct = torch.empty(samples, dtype=torch.int32, device=a.device)
-    columns = triton.next_power_of_2(max(classes, 2))
-    block = max(1, 1024 // columns)
-    triton_output.output[(triton.cdiv(samples, block),)](
-        a, target, gradient, error, losses, correct, losses if rows is None else index.contiguous(), samples, classes,
+    hits = torch.empty(samples, dtype=torch.bool, device=a.device)
+    tile = tiles.output_tile(classes)
+    triton_output.output[(triton.cdiv(samples, tile.blocks[0]),)](
+        a, target, gradient, error, losses, hits, samples, classes // unit(classes),
         LOSS=triton_output.LOSS[loss], LINK=triton_output.LINK[link], SOURCE=triton_output.SOURCE[source],
-        SCATTER=rows is not None, ROWS=block, COLUMNS=columns, num_warps=4 if columns <= 2048 else 16, enable_fp_fusion=True,
+        UNIT=unit(classes), ROWS=tile.blocks[0], COLUMNS=tile.blocks[1],
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return losses, correct, gradient, error
-
-
-def output_step(
-    a: Tensor,
-    target: Tensor,
-    loss: str,
-    source: str,
-    link: str = "auto",
-    *,
-    rows: Tensor | None = None,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See `reference.output_step`; with `rows` the error goes there and nowhere else, and None is returned for it."""
-    losses, correct, gradient, error = _output(a, target, loss, source, link, rows, index)
-    return losses.mean(), correct.sum(), gradient, error if rows is None else None
-
-
-def output_error(a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto") -> tuple[Tensor, Tensor]:
-    """See `reference.output_error`."""
-    return _output(a, target, loss, source, link)[2:]
+    return gradient, error, (losses, hits)
 
 
 def with_precision(precision: str) -> SimpleNamespace:
     """These operations with float32 products in another `input_precision`, such as `tf32`."""
     products = (linear_forward, linear_keep, outer_product, outer_product_update_, linear_step_, linear_backward_update_)
-    others = (update_, output_step, output_error)
+    others = (update_, output_step)
     return SimpleNamespace(
         **{operation.__name__: partial(operation, precision=precision) for operation in products},
         **{operation.__name__: operation for operation in others},

@@ -1,7 +1,8 @@
-"""The last layer's end in one launch: loss, correct answers, the gradient at its pre-activation, and the error row.
+"""The last layer's end in one launch: the gradient at its pre-activation, the error row, and a loss and a hit for each sample.
 
-A program takes a few samples with all their outputs, so that a softmax needs nobody else. Losses and hits are written a sample
-each and summed by torch, in a fixed order.
+A program takes a few samples with all their outputs, some columns at a time, so that a softmax needs nobody else and any number
+of outputs fits. It goes over them once for what has to be known of a whole row (for a softmax the largest entry and the sum of
+exponentials, corrected whenever a larger one comes: arXiv 1805.02867), and once more to write.
 """
 
 import triton
@@ -13,95 +14,130 @@ SOURCE = {"delayed-error": 0, "current-error": 0, "current-error-sign": 1, "dela
 
 
 @triton.jit
-def _softmax(z, inside):
-    z = tl.where(inside, z, float("-inf"))
-    e = tl.exp(z - tl.max(z, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
+def _both(a, target, place, inside):
+    pre = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
+    return pre, tl.load(target + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def output(
-    a, target, gradient, error, loss, correct, index, samples, classes,
-    LOSS: tl.constexpr, LINK: tl.constexpr, SOURCE: tl.constexpr, SCATTER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """All tensors contiguous: `a`, `target`, `gradient`, `error` `[samples, classes]`; `loss`, `correct` `[samples]`.
-
-    With SCATTER, `error` is the error store's tensor, and sample `m` has its row `index[m]`.
-    """
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, COLUMNS).to(tl.int64)
-    inside = (m < samples)[:, None] & (c < classes)[None, :]
-    place = m[:, None] * classes + c[None, :]
-    pre = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(target + place, mask=inside, other=0.0).to(tl.float32)
-    elements = 1.0 * samples * classes  # not `samples.to`: the compiler makes a plain number of a 1
-
-    # The loss, its gradient at the pre-activation, and the prediction that belongs to the loss.
-    if LOSS == 0:
-        prediction = tl.sigmoid(pre)
-        rest = tl.sigmoid(-pre)  # 1 - prediction, without its cancellation
-        residual = y * rest - (1 - y) * prediction  # y - prediction, likewise
-        # softplus(a) - y a, without overflow; the series of log(1 + e) where 1 + e would lose e
-        e = tl.exp(-tl.abs(pre))
-        log_one_plus = tl.where(e < 0.01, e * (1 - e * (1 / 2 - e * (1 / 3 - e / 4))), tl.log(1 + e))
-        by_element = tl.maximum(pre, 0.0) + log_one_plus - y * pre
-        by_sample = tl.sum(tl.where(inside, by_element, 0.0), 1) / classes
-        own = -residual / elements
-    elif LOSS == 1:
-        prediction = _softmax(pre, inside)
-        residual = y - prediction
-        shifted = tl.where(inside, pre, float("-inf"))
-        top = tl.max(shifted, 1)
-        log_sum = top + tl.log(tl.sum(tl.exp(shifted - top[:, None]), 1))
-        weight = tl.sum(y, 1)
-        by_sample = weight * log_sum - tl.sum(y * pre, 1)
-        own = (prediction * weight[:, None] - y) / samples
-    else:
-        prediction = pre
-        residual = y - pre
-        by_sample = tl.sum(tl.where(inside, (pre - y) * (pre - y), 0.0), 1) / classes
-        own = 2 * (pre - y) / elements
-
-    # What the signal is taken from: the prediction, or a link on top of the output as the loss sees it.
-    seen = prediction if LOSS == 0 else pre
+def _linked(pre, top, total, LOSS: tl.constexpr, LINK: tl.constexpr):
+    """`z = link(output)`, the output as the loss sees it; `top` and `total` are those of the output's softmax."""
+    seen = tl.sigmoid(pre) if LOSS == 0 else pre
     if LINK == 2:
         z = tl.sigmoid(seen)
     elif LINK == 3:
-        z = _softmax(seen, inside)
-    elif LINK == 0 and SOURCE != 2:
-        z = prediction
+        z = tl.exp(seen - top[:, None]) / total[:, None]
     else:
         z = seen
-    if SOURCE == 0:
-        e = residual if LINK == 0 else y - z
-    elif SOURCE == 1:
-        e = tl.where(y > z, 1.0, 0.0) - tl.where(y < z, 1.0, 0.0)
-    elif SOURCE == 2:
-        if LOSS == 0 and LINK < 2:
-            at_z = -residual / tl.maximum(prediction * rest, 1e-12) / elements
-        elif LOSS == 0:
-            at_z = (z - y) / tl.maximum(z * (1 - z), 1e-12) / elements
-        elif LOSS == 1:
-            at_z = (_softmax(z, inside) * tl.sum(y, 1)[:, None] - y) / samples
-        else:
-            at_z = 2 * (z - y) / elements
-        if LINK == 2:
-            at_z = at_z * z * (1 - z)
-        elif LINK == 3:
-            at_z = z * (at_z - tl.sum(tl.where(inside, at_z * z, 0.0), 1)[:, None])
-        e = -at_z
-    elif SOURCE == 3:
-        e = y
-    else:
-        e = tl.zeros_like(y)
+    return z
 
-    tl.store(gradient + place, own.to(gradient.dtype.element_ty), mask=inside)
-    if SCATTER:
-        row = tl.load(index + m, mask=m < samples, other=0)
-        place = row[:, None] * classes + c[None, :]
-    tl.store(error + place, e.to(error.dtype.element_ty), mask=inside)
-    tl.store(loss + m, by_sample, mask=m < samples)
-    guess = tl.argmax(tl.where(inside, pre, float("-inf")), 1)
-    answer = tl.argmax(tl.where(inside, y, float("-inf")), 1)
-    tl.store(correct + m, (guess == answer).to(tl.int32), mask=m < samples)
+
+@triton.jit
+def _gradient_at_link(z, y, total, weight, samples, elements, LOSS: tl.constexpr):
+    """The loss's gradient at `z` in the place of the output, where there is a link; `total` is of the exponentials of `z`."""
+    if LOSS == 0:
+        gradient = (z - y) / tl.maximum(z * (1 - z), 1e-12) / elements
+    elif LOSS == 1:
+        gradient = (tl.exp(z) / total[:, None] * weight[:, None] - y) / samples
+    else:
+        gradient = 2 * (z - y) / elements
+    return gradient
+
+
+@triton.jit(do_not_specialize=["samples", "classes"])
+def output(
+    a, target, gradient, error, loss, hit, samples, classes,
+    LOSS: tl.constexpr, LINK: tl.constexpr, SOURCE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """All tensors contiguous: `a`, `target`, `gradient`, `error` `[samples, classes]`; `loss`, `hit` `[samples]`.
+
+    `classes` comes divided by UNIT, as in `linear`. Sums over columns are sums of tiles, summed once after the loop.
+    """
+    classes = classes * UNIT
+    m, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    own = m < samples
+    row = m[:, None] * classes + c[None, :]
+    elements = samples.to(tl.float32) * classes
+    SOFTMAX: tl.constexpr = LOSS == 1 or LINK == 3
+
+    top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    best, guess = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.int32)
+    best_answer, answer = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.int32)
+    losses, weights = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, classes, COLUMNS):
+        inside = own[:, None] & (c < classes - start)[None, :]
+        pre, y = _both(a, target, row + start, inside)
+        if SOFTMAX:
+            seen = tl.where(inside, tl.sigmoid(pre) if LOSS == 0 else pre, float("-inf"))
+            higher = tl.maximum(top, tl.max(seen, 1))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(seen - higher[:, None]), 1)
+            top = higher
+        if LOSS == 0:
+            # softplus(a) - y a, without overflow; the series of log(1 + e) where 1 + e would lose e
+            e = tl.exp(-tl.abs(pre))
+            log_one_plus = tl.where(e < 0.01, e * (1 - e * (1 / 2 - e * (1 / 3 - e / 4))), tl.log(1 + e))
+            losses += tl.where(inside, tl.maximum(pre, 0.0) + log_one_plus - y * pre, 0.0)
+        elif LOSS == 1:
+            weights += y
+        else:
+            losses += (pre - y) * (pre - y)
+        largest, place = tl.max(tl.where(inside, pre, float("-inf")), 1, return_indices=True)
+        guess, best = tl.where(largest > best, start + place, guess), tl.maximum(best, largest)
+        largest, place = tl.max(tl.where(inside, y, float("-inf")), 1, return_indices=True)
+        answer, best_answer = tl.where(largest > best_answer, start + place, answer), tl.maximum(best_answer, largest)
+    weight = tl.sum(weights, 1)
+    tl.store(hit + m, guess == answer, mask=own)
+
+    # Only for the loss of a linked output: the softmax of `z` in [0, 1], and the part of a softmax's derivative along `z`.
+    link_total, along = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if SOURCE == 2 and LOSS == 1 and LINK >= 2:
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, classes, COLUMNS):
+            inside = own[:, None] & (c < classes - start)[None, :]
+            pre, y = _both(a, target, row + start, inside)
+            sums += tl.where(inside, tl.exp(_linked(pre, top, total, LOSS, LINK)), 0.0)
+        link_total = tl.sum(sums, 1)
+    if SOURCE == 2 and LINK == 3:
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, classes, COLUMNS):
+            inside = own[:, None] & (c < classes - start)[None, :]
+            pre, y = _both(a, target, row + start, inside)
+            z = _linked(pre, top, total, LOSS, LINK)
+            sums += tl.where(inside, z * _gradient_at_link(z, y, link_total, weight, samples, elements, LOSS), 0.0)
+        along = tl.sum(sums, 1)
+
+    for start in range(0, classes, COLUMNS):
+        inside = own[:, None] & (c < classes - start)[None, :]
+        pre, y = _both(a, target, row + start, inside)
+        if LOSS == 0:
+            prediction, rest = tl.sigmoid(pre), tl.sigmoid(-pre)  # rest: 1 - prediction, without its cancellation
+            residual = y * rest - (1 - y) * prediction  # y - prediction, likewise
+            slope = -residual / elements
+        elif LOSS == 1:
+            shifted = pre - top[:, None]
+            prediction = tl.exp(shifted) / total[:, None]
+            residual = y - prediction
+            slope = (prediction * weight[:, None] - y) / samples
+            losses += y * (tl.log(total)[:, None] - shifted)
+        else:
+            residual = y - pre
+            slope = -2 * residual / elements
+        tl.store(gradient + row + start, slope.to(gradient.dtype.element_ty), mask=inside)
+        if SOURCE == 0 or SOURCE == 1:
+            e = residual if LINK == 0 else y - _linked(pre, top, total, LOSS, LINK)
+            if SOURCE == 1:
+                e = tl.where(e > 0, 1.0, 0.0) - tl.where(e < 0, 1.0, 0.0)
+        elif SOURCE == 2:
+            if LINK < 2:
+                e = residual / tl.maximum(prediction * rest, 1e-12) / elements if LOSS == 0 else -slope
+            else:
+                z = _linked(pre, top, total, LOSS, LINK)
+                e = -_gradient_at_link(z, y, link_total, weight, samples, elements, LOSS)
+                e = e * z * (1 - z) if LINK == 2 else z * (e + along[:, None])
+        elif SOURCE == 3:
+            e = y
+        else:
+            e = tl.zeros_like(y)
+        tl.store(error + row + start, e.to(error.dtype.element_ty), mask=inside)
+    by_sample = tl.sum(losses, 1)
+    tl.store(loss + m, by_sample if LOSS == 1 else by_sample / classes, mask=own)

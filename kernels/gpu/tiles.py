@@ -25,15 +25,20 @@ FORWARD = {
     "medium": Tile((64, 64, 32), 8, 3),
     "large": Tile((128, 128, 32), 8, 3),  # 48 KiB of shared memory: fits every architecture in the report
     "roomy": Tile((128, 128, 64), 8, 4),  # 128 KiB
+    # gelu and its kin, whose slope comes from the pre-activation: both in registers leave room for half the columns
+    "medium, curved": Tile((32, 64, 32), 4, 3),
+    "large, curved": Tile((128, 64, 32), 8, 3),
+    "roomy, curved": Tile((128, 64, 64), 8, 4),
 }
-# (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers, with weight and moments: the more
-# moments, the smaller the tile
+CURVED = ("gelu", "gelu-tanh", "silu")
+# (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers, with weight, moments, and the bits
+# of stochastic rounding: the more of them, the smaller the tile
 UPDATE = {
     "small": Tile((32, 32, 32), 4, 3),
     "medium": Tile((64, 64, 32), 8, 4),
     "roomy": Tile((128, 128, 64), 8, 3),  # SGD
-    "roomy, one moment": Tile((64, 128, 64), 8, 3),
-    "roomy, two moments": Tile((64, 64, 64), 8, 4),
+    "roomy, one more": Tile((64, 128, 64), 8, 3),
+    "roomy, two more": Tile((64, 64, 64), 8, 4),
 }
 # (outputs, inputs): rows of x are one block, of the next power of two
 STEP = {
@@ -41,32 +46,55 @@ STEP = {
     32: Tile((16, 64), 4, 2),
     64: Tile((16, 64), 4, 2),
 }
+STEP_FLOAT32 = {  # without tensor cores a product's operands are in registers: fewer inputs at a time, more stages
+    16: Tile((16, 32), 4, 6),
+    32: Tile((16, 32), 4, 6),
+    64: Tile((16, 32), 4, 4),
+}
+STEP_GENERATED = Tile((16, 64), 4, 3)  # float32, 64 rows, feedback made in the kernel: the tile above spills with Triton 3.7
 STEP_ROWS = 64  # the largest batch that the one-launch step takes; above it forward and update are two launches
 ROOMY = 160 << 10  # bytes of shared memory: what an A100, H100, H200 or B200 has, and consumer cards have not
 STRIDE = 1 << 23  # elements; a tile has at most 256 rows or columns, and offsets in it 32 bits
 ELEMENTWISE = 1024
-OUTPUTS = 1 << 15  # the most outputs that the last layer's kernel holds for a sample
+OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
 
 
-def forward_tile(rows: int, outputs: int, half: bool, roomy: bool = False) -> Tile:
-    """For `h [rows, outputs]`; `half`: products in half precision; `roomy`: the device has `ROOMY` shared memory a program."""
+def forward_tile(rows: int, outputs: int, half: bool, roomy: bool = False, curved: bool = False) -> Tile:
+    """For `h [rows, outputs]`; `half`: products in half precision; `roomy`: the device has `ROOMY` shared memory a program.
+
+    `curved`: the activation is one of `CURVED`.
+    """
     if rows <= 16 or outputs <= 32:
         return FORWARD["small"]
     if rows < 256 or outputs < 256 or not half:  # float32 products have no tensor cores, and larger tiles would spill
-        return FORWARD["medium"]
-    return FORWARD["roomy" if roomy else "large"]
+        return FORWARD["medium" + ", curved" * curved]
+    return FORWARD[("roomy" if roomy else "large") + ", curved" * curved]
 
 
-def update_tile(outputs: int, inputs: int, half: bool = False, moments: int = 2, roomy: bool = False) -> Tile:
-    """For a weight `[outputs, inputs]` whose rule keeps so many moments; `half` and `roomy` as in `forward_tile`."""
+def update_tile(outputs: int, inputs: int, half: bool = False, more: int = 2, roomy: bool = False) -> Tile:
+    """For a weight `[outputs, inputs]`; `half` and `roomy` as in `forward_tile`.
+
+    `more` counts the rule's moments, and one for stochastic rounding.
+    """
     if min(outputs, inputs) <= 256:
         return UPDATE["small"]
     if not (half and roomy):
         return UPDATE["medium"]
-    return UPDATE[("roomy", "roomy, one moment", "roomy, two moments")[moments]]
+    return UPDATE[("roomy", "roomy, one more", "roomy, two more")[min(more, 2)]]
 
 
-def step_tile(rows: int) -> tuple[int, Tile]:
-    """The block of rows that holds the whole batch, and the tile. `rows` is at most `STEP_ROWS`."""
+def step_tile(rows: int, half: bool, generated: bool = False) -> tuple[int, Tile]:
+    """The block of rows that holds the whole batch (at most `STEP_ROWS`), and the tile; `half` as in `forward_tile`.
+
+    `generated`: the kernel makes the feedback's entries.
+    """
     block = next(size for size in STEP if size >= rows)
-    return block, STEP[block]
+    if generated and not half and block == STEP_ROWS:
+        return block, STEP_GENERATED
+    return block, (STEP if half else STEP_FLOAT32)[block]
+
+
+def output_tile(classes: int) -> Tile:
+    """(samples, columns at a time) for the last layer's kernel."""
+    columns = min(1 << max(1, (classes - 1).bit_length()), OUTPUT)
+    return Tile((OUTPUT // columns, columns), 4, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
 import torch
+
 from f3triton.kernels import dispatch, selfcheck
 from f3triton.kernels.gpu import ops as triton_ops
+from f3triton.kernels.gpu import tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -15,28 +18,61 @@ pytestmark = [] if INTERPRETED else pytest.mark.gpu
 TYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
 
+def test_every_tile_of_the_tables_is_run() -> None:
+    """By one of the rules, on a device of either kind, in one of the types."""
+    reached = {tile for half in (False, True) for roomy in (False, True) for _, tile in selfcheck.sizes(half, roomy)}
+    wanted = [*tiles.FORWARD.values(), *tiles.UPDATE.values()]
+    steps = [(rows, tile) for table in (tiles.STEP, tiles.STEP_FLOAT32) for rows, tile in table.items()]
+    assert {str(tile) for tile in [*wanted, *steps]} <= reached
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_passes(dtype: torch.dtype) -> None:
+    selfcheck.fault.cache_clear()
     assert selfcheck.fault(DEVICE, dtype, "ieee") is None
 
 
-def test_notices_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_ops.linear_forward
+# arguments that lead to every tile of float32
+CHOICES = {
+    "forward_tile": [(260, 20, False), (260, 300, False), (260, 300, False, False, True)],
+    "update_tile": [(20, 40, False), (300, 300, False)],
+    "step_tile": [(13, False), (30, False), (50, False), (50, False, True)],
+}
 
-    def one_wrong(*arguments: object, **named: object) -> object:
-        h, delta = right(*arguments, **named)
-        delta[3, 4] += 1
-        return h, delta
 
-    monkeypatch.setattr(triton_ops, "linear_forward", one_wrong)
-    selfcheck.fault.cache_clear()
-    assert selfcheck.fault(DEVICE, torch.float32, "ieee") == "wrong weight of SGD on 70 x 40 inputs and 20 outputs"
+@pytest.mark.parametrize("chooser", ["forward_tile", "update_tile", "step_tile"])
+def test_a_fault_in_any_tile_is_found(chooser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile of float32 that it chooses, one after the other, gives a wrong number."""
+    right, last = getattr(tiles, chooser), []
+
+    def choose(*arguments: object, **named: object) -> object:
+        last[:] = [str(right(*arguments, **named))]
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(tiles, chooser, choose)
+    operation = {"forward_tile": "linear_forward", "update_tile": "outer_product_update_", "step_tile": "linear_step_"}[chooser]
+    original = getattr(triton_ops, operation)
+    seen = {str(right(*size)) for size in CHOICES[chooser]}
+    for tile in sorted(seen):
+
+        @functools.wraps(original)
+        def run(*arguments: object, tile: str = tile, **named: object) -> object:
+            last.clear()
+            out = original(*arguments, **named)
+            if last == [tile]:
+                wrong = arguments[0] if operation == "outer_product_update_" else out[0] if isinstance(out, tuple) else out
+                wrong.view(-1)[0] += 1
+            return out
+
+        monkeypatch.setattr(triton_ops, operation, run)
+        selfcheck.fault.cache_clear()
+        assert selfcheck.fault(DEVICE, torch.float32, "ieee") is not None, tile
     selfcheck.fault.cache_clear()
 
 
 def test_a_device_that_fails_gets_torch_and_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_fault", lambda device, precision: "gives wrong results on this device (wrong weight)")
     with pytest.warns(UserWarning, match=r"backend 'triton' gives wrong results .*; 'torch' is used instead"):
-        assert dispatch.backend("auto", torch.device("cuda")).__name__.endswith("eager")
+        assert dispatch.choose("auto", torch.device("cuda")).operations.__name__.endswith("eager")
     with pytest.raises(ValueError, match=r"gives wrong results on this device \(wrong weight\); use backend 'torch'"):
-        dispatch.backend("triton", torch.device("cuda"))
+        dispatch.choose("triton", torch.device("cuda"))

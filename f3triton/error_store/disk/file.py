@@ -161,8 +161,8 @@ class FileStore(ErrorStore):
             rows = first if rows is None else torch.where(unvisited.to(device)[:, None], first, rows)
         return self.codec.decode(rows)
 
-    def write(self, index: Tensor, errors: Tensor) -> None:
-        rows = self.spec.encode(index, errors)
+    def write(self, index: Tensor, errors: Tensor, target: Tensor | None = None) -> None:
+        rows = self.spec.encode(index, errors, target)
         if not self._is_now(index):
             self._drain()
             self._put(index.cpu(), rows.cpu())

@@ -1,0 +1,77 @@
+"""Heads of hidden stages: what a stage's output says of the target by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .feedback import Feedback
+from .stage import NORM_EPS, Stage, through_norm
+from .updater import Step
+
+Kept = tuple[
+    Tensor, Tensor, torch.Size
+]  # what was read `[rows, F]`, before and after the normalisation; the stage's output's shape
+
+
+class Head(Stage):
+    """Reads a stage's output `h`: a normalisation without scale and shift, and a linear layer to `outputs` numbers.
+
+    Of tokens `[M, tokens, features]` each is read where each has its own target (`positions` of a sample), else their mean;
+    of images `[M, channels, height, width]` the mean over pixels. `normal`: the output is normalised already. With a law of
+    `feedback` the gradient comes to the stage through a fixed random matrix in place of the head's weight: no weight is
+    transported even inside the stage.
+    """
+
+    draws = False
+
+    def __init__(
+        self, shape: torch.Size, outputs: int, positions: int = 1, normal: bool = False, feedback: str | Feedback | None = None
+    ) -> None:
+        super().__init__(feedback or "trinomial")
+        self.by_token, self.normal, self.random = positions > 1, normal, feedback is not None
+        features = shape[0] if len(shape) == 3 else shape[-1]
+        self.linear = nn.Linear(features, outputs)
+
+    def draw(self, seed: int) -> None:
+        """Draw the feedback matrix `[outputs, features]`, where there is one."""
+        if self.random:
+            self.draw_feedback(self.linear.out_features, self.linear.in_features, seed)
+
+    def _read(self, h: Tensor) -> Tensor:
+        """What is read of `h`, `[rows, features]`."""
+        if h.dim() == 4:
+            return h.mean((2, 3))
+        if h.dim() == 3:
+            return h.flatten(0, 1) if self.by_token else h.mean(1)
+        return h
+
+    def _normalise(self, rows: Tensor) -> Tensor:
+        return rows if self.normal else functional.layer_norm(rows, rows.shape[-1:], eps=NORM_EPS)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return self.linear(self._normalise(self._read(x)))
+
+    def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
+        """The outputs `[rows, C]` for a stage's output `x [M, ...]`."""
+        rows = self._read(x)
+        normal = self._normalise(rows)
+        output, _ = step.forward(self.linear, normal, "identity")
+        return output, (rows, normal, x.shape)
+
+    def finish(self, kept: Kept, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:
+        """Update from the gradient `[rows, C]` at the outputs; the gradient at the stage's output, in its shape."""
+        rows, normal, shape = kept
+        back = step.teach(self.linear, gradient, normal, wants_input and not self.random)  # [rows, features]
+        if not wants_input:
+            return None
+        if self.random:
+            back = gradient @ self.feedback_matrix.to(gradient.dtype)
+        if not self.normal:
+            back = through_norm(back, rows)
+        if len(shape) == 4:
+            return (back / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+        if len(shape) == 3 and not self.by_token:
+            return (back / shape[1])[:, None].expand(shape)
+        return back.view(shape)

@@ -1,0 +1,66 @@
+"""What a run would need, before anything of it is allocated."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ..data import Dataset, StreamDataset
+from ..error_store import check_home, is_folder, pick_home
+from ..models.build import build
+from ..visits.streams import check_stream
+from ..visits.windows import steps_per_epoch
+from .budget import Budget, describe, estimate, with_local
+from .report import store_line
+from .settings import Settings
+from .trainer import add_readings, error_codec
+
+
+def dry_run(
+    options: argparse.Namespace, settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset]
+) -> list[str]:
+    """The budget of a run in lines for people: shapes, FLOPs, memory, its error store and its steps.
+
+    Raises InputError where the run could not begin.
+    """
+    if isinstance(data[0], StreamDataset):
+        check_stream(data[0], settings.windows)
+    error_bytes, line = _errors(options, settings, data[0])
+    budget = _budget(settings, network, data, error_bytes)
+    steps = options.epochs * steps_per_epoch(len(data[0]), settings.batch_size, settings.windows)
+    visits = f"steps {steps:,}, of {settings.batch_size} sample visits each, in {options.epochs:,} epochs"
+    return [*describe(budget), line, visits]
+
+
+def _rows(settings: Settings, samples: int) -> int:
+    """How many samples have an error row at a time."""
+    windows = settings.windows
+    return min(windows.size, samples) if windows is not None and windows.local else samples
+
+
+def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset) -> tuple[int, str]:
+    """Bytes of the error store in memory, and a line about it."""
+    if not settings.keeps_errors:
+        return 0, "error store: none"
+    rows = _rows(settings, len(train_set))
+    codec = error_codec(settings.error_dtype, train_set, settings.types.working, settings.error_rank, settings.seed)
+    home = pick_home(settings.error_store, rows * codec.row_bytes, settings.resolved_device)
+    if not options.overwrite and options.resume is None:
+        check_home(home, rows, codec)
+    return 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
+
+
+def _budget(settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset], error_bytes: int) -> Budget:
+    """The budget by arithmetic; of the network only the shapes are made."""
+    train_set, signal = data[0], settings.resolved_signal
+    batch = torch.zeros(min(settings.batch_size, len(train_set)), dtype=torch.int64, device=train_set.device)
+    x = train_set.fetch(batch, torch.float32).to("meta")  # the first sample again and again
+    with torch.device("meta"):
+        shapes = build(network)
+        if signal is not None and signal.local:
+            shapes.prepare(x[:1], train_set.outputs, None, train_set.positions)
+            add_readings(shapes, settings, train_set.outputs, train_set.positions)
+    kept = error_bytes, sum(part.nbytes for part in data)
+    budget = estimate(shapes, x, settings.rule, signal, settings.types, settings.error_rank, *kept)
+    return budget if signal is None or not signal.local else with_local(budget, shapes, x, settings.reach)

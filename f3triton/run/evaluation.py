@@ -1,0 +1,51 @@
+"""Evaluation of a run from its folder: the stored test figures, again."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..base.device import pick_device
+from ..base.exceptions import InputError
+from ..base.precision import matmul_precision, resolve_precision
+from .console import shown
+from .folder import read_json
+from .options import from_json
+from .parts import load_data
+from .predictor import load
+from .records import test_record
+from .tally import evaluate
+
+
+def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
+    """Repeat the last evaluation of the run `--evaluate`: its own data, model, device and batch size; a line a figure.
+
+    Raises InputError for options that do not go with it, or a folder that holds no finished run.
+    """
+    refused = sorted(typed - {"--evaluate", "--device", "--exit", "--quiet"})
+    if refused:
+        allowed = "only --device, --exit and --quiet go with it"
+        raise InputError(f"--evaluate takes the run's own settings ({allowed}), got {refused[0]}")
+    path = Path(options.evaluate).expanduser()
+    config, summary = read_json(path, "config.json"), read_json(path, "summary.json")
+    place = None if options.exit is None else int(options.exit) if options.exit.isdecimal() else options.exit
+    predictor = load(path, exit=place)
+    stored = from_json(config.get("options"))
+    device = pick_device(options.device if "--device" in typed else stored.device)
+    _, test_set = load_data(stored)
+    network = predictor.network.to(device)
+    compute_dtype = resolve_precision(stored.precision, device, stored.method).products
+    with matmul_precision(stored.precision):
+        figures = evaluate(network, test_set.to(device), predictor.loss, stored.eval_batch_size, device, compute_dtype)
+    found = test_record(test_set, figures)
+    lines = []
+    for name in shown(found):
+        if options.exit is not None:
+            lines.append(
+                f"{name.replace('_', ' ')} {found[name]} (exit {options.exit}; the whole network: {summary.get(name)})"
+            )
+            continue
+        before = summary.get(name)
+        note = "exactly as stored by the run" if found[name] == before else f"stored by the run: {before}"
+        lines.append(f"{name.replace('_', ' ')} {found[name]} ({note})")
+    return lines

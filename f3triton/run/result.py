@@ -1,0 +1,52 @@
+"""How far a run has come, and what it has found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .records import Record
+
+
+@dataclass
+class FitResult:
+    """What `fit` did: epochs and steps done, one record an evaluation (`history`), and the seconds spent learning.
+
+    Kept up to date step by step, so that it is true also when the run is cut short. `status` is `completed`, `interrupted`
+    after Ctrl-C, `diverged`, or `running`.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    history: list[Record] = field(default_factory=list)
+    learning_seconds: float = 0.0
+    status: str = "running"
+    began: float | None = field(default=None, repr=False)  # when the learning that goes on now did
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Its time counts."""
+        self.began = time.perf_counter()
+        yield
+        self.learning_seconds += time.perf_counter() - self.began
+        self.began = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """(no tensors, numbers) that `restore` takes."""
+        running = 0.0 if self.began is None else time.perf_counter() - self.began
+        return {}, {
+            "epoch": self.epochs,
+            "steps": self.steps,
+            "epochs_done": self.epochs,
+            "history": self.history,
+            "learning_seconds": self.learning_seconds + running,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, object]) -> None:
+        """Go on from a `state`."""
+        self.steps, self.epochs = state["steps"], state["epoch"]
+        self.history, self.learning_seconds = list(state["history"]), state["learning_seconds"]

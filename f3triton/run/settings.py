@@ -1,0 +1,261 @@
+"""Settings: everything that decides how a network is trained, written once.
+
+A field of `Settings` is a keyword of `Trainer`, an option of `train.py` with its help, an entry in `config.json`, and one in
+checkpoints. So a new setting is one new field, and the place that uses it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..base.choices import check_word
+from ..base.device import pick_device
+from ..base.exceptions import InputError
+from ..base.precision import PRECISIONS, Precision, resolve_precision
+from ..base.seeds import check_seed
+from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
+from ..kernels.dispatch import BACKENDS, Choice, choose
+from ..kernels.reference import LINKS, LOSSES
+from ..kernels.rules import Rule
+from ..kernels.times import Work
+from ..learn.signal import METHODS, SIGNALS, Signal, resolve_signal
+from ..network.updater import RULES, make_rule
+from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, Windows, resolve_windows
+from .schedule import SCHEDULES, make_schedule
+
+SWITCH = ("auto", "on", "off")
+LOCAL_HEADS = ("auto", "own", "shared")
+LOCAL_FEEDBACK = ("head", "random")
+
+
+def number_or_word(text: str) -> float | str:
+    """`0.5` as a number, `mean` as a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def count_or_word(text: str) -> int | str:
+    """`500` as a whole number, `auto` as a word."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def about(
+    group: str,
+    *,
+    help: str,
+    choices: Iterable[str] | None = None,
+    parse: Callable[[str], object] | None = None,
+    metavar: str | None = None,
+    within: str | None = None,
+    free: bool = False,
+) -> dict[str, object]:
+    """What is known of a setting beside its default: its group and help in `train.py --help`, and
+
+    - `choices`: the words that it takes; `parse`: its value from the command line, by default of the default's type
+    - `within`: what it is a part of (signal, rule, windows); `free`: whether a resumed run may have another value
+    """
+    choices = None if choices is None else tuple(choices)
+    return {
+        "group": group,
+        "help": help,
+        "choices": choices,
+        "parse": parse,
+        "metavar": metavar,
+        "within": within,
+        "free": free,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a network is trained. Every choice is a word, the same in Python, on the command line and in JSON.
+
+    `rule`, `resolved_signal`, `windows`, `resolved_device` and `types` are what the words and numbers stand for.
+
+    Raises InputError for settings that are unknown, out of range, or do not fit one another.
+    """
+
+    # fmt: off
+    method: str = field(default="f3", metadata=about("method", choices=METHODS, help=
+        "what layers learn by: f3; its peers drtp, dfa, sdfa, last-layer; local (errors of each stage's own); fa (feedback "
+        "alignment) and bp, which go backward"))
+    signal: str | None = field(default=None, metadata=about("method", choices=SIGNALS, within="signal", help=
+        "what teaches the hidden layers; default: the method's own (f3: delayed-error)"))
+    link: str = field(default="auto", metadata=about("method", choices=LINKS, within="signal", help=
+        "function of the output, before the error is taken; auto: the loss's own"))
+    mask_target: bool = field(default=False, metadata=about("method", within="signal", help=
+        "multiply the error by the one-hot target"))
+    error_rank: int | None = field(default=None, metadata=about("method", parse=int, metavar="R", help=
+        "keep errors times a fixed random matrix of R columns, which all feedback then goes through"))
+    hidden_scale: float | str = field(default=1.0, metadata=about("method", parse=number_or_word, metavar="S", help=
+        "factor on the hidden layers' gradient, which is summed over the batch; mean: 1/batch"))
+
+    local_head: str = field(default="auto", metadata=about("method", choices=LOCAL_HEADS, within="local", help=
+        "what reads the hidden stages' outputs in the method local: a head of each one's own, or the network's last stages, "
+        "shared; auto: shared for language models"))
+    local_head_depth: int = field(default=0, metadata=about("method", metavar="N", within="local", help=
+        "stages in front of the reading: copies of the next N stages, or with shared heads the network's own last N"))
+    local_feedback: str = field(default="head", metadata=about("method", choices=LOCAL_FEEDBACK, within="local", help=
+        "what brings a head's error to its stage: the head's weight, or a fixed random matrix by the law of --feedback"))
+    reach: int = field(default=1, metadata=about("method", metavar="R", within="local", help=
+        "stages that the gradient of a stage's reading goes back through, in the method local"))
+
+    loss: str = field(default="auto", metadata=about("training", choices=("auto", *LOSSES), help=
+        "loss of the output; auto: bce for classification, mse for regression, cross-entropy for text"))
+    optimizer: str | Rule = field(default="adam", metadata=about("training", choices=RULES, within="rule", help=
+        "update rule"))
+    lr: float | None = field(default=None, metadata=about("training", parse=float, metavar="RATE", within="rule", help=
+        "learning rate; default: 5e-4 for adam and adamw, 1e-2 for sgd"))
+    momentum: float | None = field(default=None, metadata=about("training", parse=float, metavar="M", within="rule", help=
+        "momentum of sgd; default: 0"))
+    nesterov: bool = field(default=False, metadata=about("training", within="rule", help=
+        "use Nesterov's form of the momentum in sgd"))
+    weight_decay: float | None = field(default=None, metadata=about("training", parse=float, metavar="D", within="rule", help=
+        "weight decay of the update rule; default: 1e-2 for adamw, else 0"))
+    lr_schedule: str = field(default="cosine", metadata=about("training", choices=SCHEDULES, help=
+        "course of the learning rate after the warmup"))
+    warmup_steps: int = field(default=0, metadata=about("training", metavar="N", help=
+        "number of steps in which the learning rate rises from zero, linearly"))
+    batch_size: int = field(default=50, metadata=about("training", metavar="N", help=
+        "number of samples in a step"))
+    eval_batch_size: int = field(default=1000, metadata=about("training", metavar="N", free=True, help=
+        "number of predictions (samples, or tokens of a text) made at once in evaluation"))
+    error_store: str | Path = field(default="auto", metadata=about("training", metavar="WHERE", free=True, help=
+        "where each sample's error is kept from visit to visit: auto (the first that fits), device, memory, or a folder, "
+        "with a slash: ./errors"))
+    error_dtype: str = field(default="auto", metadata=about("training", metavar="TYPE", help=
+        f"type of the entries of kept errors: auto (exact), {', '.join(ERROR_DTYPES)}, top-K, sampled-K"))
+    window: int | str = field(default="off", metadata=about("training", parse=count_or_word, metavar="N", within="windows",
+        help=f"visit N samples several times in a row before the next N; auto: {AUTO_BATCHES} batches; off: no windows"))
+    visits: int | None = field(default=None, metadata=about("training", parse=int, metavar="K", within="windows", help=
+        f"number of visits in a row of every window; default: {DEFAULT_VISITS}"))
+    first_visit: str | None = field(default=None, metadata=about("training", choices=FIRST_VISITS, within="windows", help=
+        "what a window's first visit teaches the hidden layers; default: skip (nothing)"))
+    seed: int = field(default=0, metadata=about("training", metavar="N", help=
+        "seed of weights, feedback, sample order and splits"))
+
+    device: str | torch.device = field(default="auto", metadata=about("run", metavar="NAME", free=True, help=
+        "device to train on: auto, cpu, cuda, cuda:1, mps, ..."))
+    backend: str = field(default="auto", metadata=about("run", choices=BACKENDS, free=True, help=
+        "implementation of the layers; auto: triton on a GPU where its kernels pass their check, else torch"))
+    cuda_graph: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
+        "run a step as one CUDA graph, where all stages are Linear"))
+    precision: str = field(default="float32", metadata=about("run", choices=PRECISIONS, help=
+        "precision of the matrix products; weights are float32, but for float64 and bfloat16-weights"))
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices is None or isinstance(value, Rule) or (value is None and one.default is None):
+                continue
+            object.__setattr__(self, one.name, check_word(one.name.replace("_", " "), value, choices))
+        for name, value in (("batch size", self.batch_size), ("eval batch size", self.eval_batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_seed(self.seed)
+        scale = self.hidden_scale
+        if scale != "mean" and not (isinstance(scale, int | float) and math.isfinite(scale)):
+            raise InputError(f"hidden scale must be a finite number or 'mean', got {scale!r}")
+        make_schedule(self.lr_schedule, 1.0, self.warmup_steps, self.warmup_steps)
+        object.__setattr__(self, "error_dtype", check_error_dtype(self.error_dtype))
+        _ = self.rule, self.windows, self.types  # raise what there is to raise
+        for name, value in (("store", self.error_store), ("dtype", self.error_dtype)):
+            if value != "auto" and not self.keeps_errors:
+                raise InputError(f"error {name} {value!r} has no effect where no error is kept between visits; leave it out")
+        if self.error_rank is not None and (self.resolved_signal is None or not self.resolved_signal.through_feedback):
+            raise InputError(f"error rank {self.error_rank!r} has no effect with the method {self.method!r}; leave it out")
+        self._check_local()
+        if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
+            raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
+
+    def _check_local(self) -> None:
+        local = self.resolved_signal is not None and self.resolved_signal.local
+        for one in fields(self):
+            value = getattr(self, one.name)
+            idle = one.metadata["within"] == "local" if not local else one.name in ("link", "mask_target", "hidden_scale")
+            if idle and value != one.default:
+                name = one.name.replace("_", " ")
+                raise InputError(f"{name} {value!r} has no effect with the method {self.method!r}; leave it out")
+        for name, value, least in (("reach", self.reach, 1), ("local head depth", self.local_head_depth, 0)):
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.local_feedback == "random" and (self.local_head == "shared" or self.local_head_depth):
+            raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
+
+    @cached_property
+    def resolved_signal(self) -> Signal | None:
+        """What teaches the hidden layers; None for backpropagation and feedback alignment."""
+        return resolve_signal(self.method, self.signal, self.link, self.mask_target)
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether the error of every sample is kept from one visit to the next."""
+        return self.resolved_signal is not None and self.resolved_signal.delayed
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The update rule."""
+        own = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov or None, "weight_decay": self.weight_decay}
+        for name, value in own.items():
+            if value is not None and not isinstance(self.optimizer, str):
+                raise InputError(f"{name} {value!r} has no effect with the optimizer {self.optimizer}; leave it out")
+        return make_rule(self.optimizer, **own)
+
+    @cached_property
+    def windows(self) -> Windows | None:
+        """The windows in which samples are visited; None where they are not."""
+        return resolve_windows(self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors)
+
+    @cached_property
+    def resolved_device(self) -> torch.device:
+        """The device, with its number."""
+        return pick_device(self.device)
+
+    @cached_property
+    def types(self) -> Precision:
+        """The types of parameters and products."""
+        return resolve_precision(self.precision, self.resolved_device, self.method)
+
+    def choose(self, work: Sequence[Work] = ()) -> Choice:
+        """The operations that run, and why: see `kernels.dispatch.choose`. On a GPU, Triton's are checked first.
+
+        Raises InputError where they cannot run.
+        """
+        try:
+            return choose(self.backend, self.resolved_device, self.precision, work)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    def fixed(self) -> dict[str, object]:
+        """Everything in them that the result depends on, as JSON has it: what a resumed run must have the same."""
+        own = [one.name for one in fields(self) if not (one.metadata["free"] or one.metadata["within"])]
+        signal = self.resolved_signal
+        words = None if signal is None else {"source": signal.source, "link": signal.link, "mask": signal.mask}
+        resolved = {"signal": words, "windows": None if self.windows is None else asdict(self.windows)}
+        if signal is not None and signal.local:
+            resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
+        return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
+
+
+def takes_settings(cls: type) -> type:
+    """Show, in the signature and the docstring of a class, the settings that its `**changes` are."""
+    own = [p for p in inspect.signature(cls).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    others = [one for one in fields(Settings) if one.name not in {p.name for p in own}]
+    keywords = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type) for one in others
+    ]
+    cls.__signature__ = inspect.Signature([*own, *keywords])
+    lines = [f"- `{one.name}`: {one.metadata['help']}" for one in fields(Settings)]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", *lines])
+    return cls

@@ -1,0 +1,157 @@
+"""The budget of a run: an MLP's is a closed formula, and any network's FLOPs are those that torch counts in a real step."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import f3triton as f3
+from f3triton.base.precision import resolve_precision
+from f3triton.kernels import eager
+from f3triton.learn.signal import Signal, resolve_signal
+from f3triton.models.build import build
+from f3triton.run.budget import Budget, describe, estimate
+
+METHODS = ("f3", "drtp", "dfa", "bp", "last-layer")
+CLASSES, BATCH = 10, 8
+SIZES = {"image_size": 8, "patch_size": 4, "depth": 2, "heads": 2, "dim": 16, "mlp_width": 24}
+VIT = {"model": "vit", "channels": 1, "classes": CLASSES, **SIZES}
+NETWORKS = {
+    "mlp": {"model": "mlp", "sizes": [64, 50, 30, CLASSES]},
+    "convnet": {"model": "convnet", "image": [1, 8, 8], "classes": CLASSES, "channels": [4], "hidden": [20], "kernel_size": 3},
+    "vit": VIT,
+    "vit, shared": {**VIT, "embedding": "patch", "pool": "mean", "feedback_shape": "shared"},
+    "vit, layer by layer": {**VIT, "granularity": "layer"},
+}
+
+
+def budget_of(network: dict[str, object], x: torch.Tensor, method: str, **settings: object) -> Budget:
+    with torch.device("meta"):
+        shapes = build(network)
+    return estimate(shapes, x.to("meta"), f3.Adam(), resolve_signal(method, None), **settings)
+
+
+def mlp_by_hand(sizes: list[int], batch: int, signal: Signal | None, width: int) -> tuple[int, dict[str, int]]:
+    """FLOPs, and elements by purpose, of an MLP with biases and tanh, whose slope is taken from its output, under Adam.
+
+    Products of a layer with K inputs and N outputs, M = `batch`: forward 2MKN, weight gradient 2MKN, feedback 2MCN, and in
+    backpropagation the input gradient 2MKN but for the first layer.
+    """
+    layers = list(itertools.pairwise(sizes))
+    weights, parameters = [k * n for k, n in layers], sum(k * n + n for k, n in layers)
+    forward, feedback, taught = sum(2 * batch * weight for weight in weights), width * sum(sizes[1:-1]), parameters
+    chunks = [min(k * n, max(k, eager.SCRATCH)) for k, n in layers]
+    if signal is None:
+        flops, feedback, gradients = 3 * forward - 2 * batch * weights[0], 0, parameters
+        activations = sum(sizes) + max(sizes[1:])  # everything, and the gradient on its way
+    elif signal.source == "none":
+        flops, feedback, taught = forward + 2 * batch * weights[-1], 0, weights[-1] + sizes[-1]
+        gradients = chunks[-1]
+        activations = max(*(k + n for k, n in layers[:-1]), sizes[-2] + 2 * sizes[-1])  # hidden layers have no signal
+    else:
+        flops, gradients = 2 * forward + 2 * batch * feedback, max(chunks)
+        one_layer = max(k + 2 * n for k, n in layers)  # input, output and signal
+        activations = sum(sizes) + max(sizes[1:]) if signal.current else one_layer
+    memory = {"weights": parameters, "moments": 2 * taught, "gradients": gradients, "feedback": feedback}
+    return flops, memory | {"activations": batch * activations}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [[64, 500, 10], [7, 2000, 1000, 3], [5, 40, 30, 20, 10]])
+def test_an_mlp_needs_what_the_formula_says(method: str, sizes: list[int]) -> None:
+    found = budget_of({"model": "mlp", "sizes": sizes}, torch.zeros(32, sizes[0]), method, error_bytes=5, data_bytes=6)
+    flops, elements = mlp_by_hand(sizes, 32, resolve_signal(method, None), sizes[-1])
+    assert found.flops == flops
+    assert found.parameters == elements["weights"]
+    assert found.memory == {name: 4 * count for name, count in elements.items()} | {"errors": 5, "data": 6}
+
+
+def test_generated_feedback_takes_no_memory_and_errors_of_low_rank_less() -> None:
+    sizes = [64, 500, 300, 10]
+    network, x = {"model": "mlp", "sizes": sizes}, torch.zeros(32, 64)
+    full, generated = budget_of(network, x, "f3"), budget_of({**network, "feedback_shape": "generated"}, x, "f3")
+    assert full.memory["feedback"] == 4 * 10 * 800
+    assert generated == replace(full, memory=full.memory | {"feedback": 0})
+    low = budget_of(network, x, "f3", rank=3)
+    assert low.memory == full.memory | {"feedback": 4 * (3 * 800 + 10 * 3)}  # and the projection
+    assert full.flops - low.flops == 2 * 32 * ((10 - 3) * 800 - 10 * 3)
+    with pytest.raises(f3.InputError, match="rank"):
+        budget_of(network, x, "f3", rank=11)
+
+
+def test_bytes_follow_the_precision() -> None:
+    x, network = torch.zeros(32, 64), NETWORKS["mlp"]
+    plain = budget_of(network, x, "f3").memory
+    factors = {"float64": (2, 2, 2), "bfloat16": (1, 1, 0.5), "bfloat16-weights": (0.5, 1, 0.5)}
+    for word, (weights, moments, activations) in factors.items():
+        found = budget_of(network, x, "f3", types=resolve_precision(word, torch.device("cpu"), "f3")).memory
+        wanted = {"weights": weights, "feedback": weights, "moments": moments, "activations": activations}
+        assert {name: found[name] / plain[name] for name in wanted} == wanted, word
+
+
+def test_a_slope_from_the_input_keeps_that_as_well() -> None:
+    tanh, gelu = (budget_of({**NETWORKS["mlp"], "activation": word}, torch.zeros(1, 64), "f3") for word in ("tanh", "gelu"))
+    assert gelu.memory["activations"] - tanh.memory["activations"] == 4 * 50
+
+
+def flops_of_a_step(network: dict[str, object], data: f3.Dataset, method: str, rank: int | None) -> int:
+    """What torch counts in a run of two steps less what it counts in one of one."""
+    counts = []
+    for steps in (1, 2):
+        trainer = f3.Trainer(build(network), method=method, batch_size=BATCH, error_rank=rank, device="cpu")
+        # Torch counts no fused attention on a CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            trainer.fit(data, 1, batches=lambda epoch, steps=steps: [torch.arange(BATCH)] * steps)
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_flops_are_those_of_a_real_step(name: str, method: str) -> None:
+    rank = 3 if method in ("f3", "dfa") else None
+    x = torch.randn(BATCH, *((64,) if name == "mlp" else (1, 8, 8)))
+    data = f3.Dataset.from_tensors(x, torch.arange(BATCH) % CLASSES, classes=CLASSES)
+    counted = flops_of_a_step(NETWORKS[name], data, method, rank)
+    assert counted > 0
+    assert budget_of(NETWORKS[name], x, method, rank=rank).flops == counted
+
+
+@pytest.mark.parametrize("shape", ["shared", "full"])
+@pytest.mark.parametrize("method", ["f3", "dfa", "bp"])
+def test_flops_of_a_language_model(method: str, shape: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    data, _ = f3.load_text(str(path), context=16)
+    sizes = {"vocabulary": data.outputs, "context": 16, "depth": 2, "heads": 2, "dim": 16}
+    network = {"model": "gpt", **sizes, "feedback_shape": shape}
+    counted = flops_of_a_step(network, data, method, None)
+    found = budget_of(network, torch.zeros(BATCH, 16, dtype=torch.int64), method)
+    assert found.flops == counted
+    matrices = 0 if method == "bp" else data.outputs * 3 * 16 * (16 if shape == "full" else 1)  # of embedding and two blocks
+    assert found.memory["feedback"] == 4 * matrices
+
+
+def test_f3_needs_one_stage_and_the_others_all() -> None:
+    def activations(method: str, depth: int) -> int:
+        network = {**VIT, "depth": depth, "embedding": "patch"}
+        return budget_of(network, torch.zeros(BATCH, 1, 8, 8), method).memory["activations"]
+
+    assert activations("f3", 3) == activations("f3", 12)
+    for method in ("dfa", "bp"):
+        steps = {activations(method, depth + 1) - activations(method, depth) for depth in (3, 6, 12)}
+        assert len(steps) == 1
+        assert min(steps) > activations("f3", 3) / 2
+
+
+def test_the_budget_in_words() -> None:
+    lines = describe(budget_of({"model": "mlp", "sizes": [64, 500, 10]}, torch.zeros(50, 64), "f3", error_bytes=2048))
+    assert lines[1].split() == ["1", "Linear", "64", "500", "32,500"]
+    assert lines[-1].split()[0] == "total"
+    assert next(line for line in lines if "errors" in line).split() == ["errors", "2.0", "KiB"]
