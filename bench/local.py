@@ -72,6 +72,11 @@ def gpt(train: TextDataset, options: Settings) -> f3.Sequential:
     return f3.models.GPT(train.outputs, train.positions, options.get("blocks", 4), heads=4, dim=options.get("dim", 64))
 
 
+def convnet(train: f3.Dataset, options: Settings) -> f3.Sequential:
+    """Four convolutions with batch normalisation and a hidden layer, relu; 0.9 million parameters."""
+    return f3.models.ConvNet(train.shape, train.outputs, [32, 64, 128, 256], 3, [512], "relu", norm="batch")
+
+
 TASKS = {
     "mnist": Task(
         mlp,
@@ -80,6 +85,14 @@ TASKS = {
         batch=100,
         epochs=20,
         choose_epochs=6,
+    ),
+    "cifar10": Task(
+        convnet,
+        {name: its | {"augment": "crop-flip"} for name, its in (LOCAL | OTHERS).items()},
+        (1e-3, 2e-3, 4e-3),
+        batch=100,
+        epochs=5,
+        choose_epochs=1,
     ),
     "text": Task(
         gpt,
@@ -111,6 +124,7 @@ TASKS = {
         metric="test bits a character",
     ),
 }
+QUICK = ("mnist", "text")
 NETWORK = {"hidden", "blocks", "dim"}  # options of a method that are the network's
 TEXT_WINDOWS = 9600  # of the training text
 
@@ -235,7 +249,7 @@ def main() -> None:
     output = options.output or RESULTS / f"local-{options.task or 'quick'}.json"
     runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
     rows: list[dict] = []
-    for name in TASKS if options.quick else [options.task]:
+    for name in QUICK if options.quick else [options.task]:
         task = small(TASKS[name]) if options.quick else TASKS[name]
         task = replace(task, epochs=options.epochs or task.epochs)
         for wrong in set(options.only or ()) - set(task.methods):
