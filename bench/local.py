@@ -6,7 +6,7 @@
     python -m bench.local text --data path/to/tiny-shakespeare/input.txt
 
 Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
-learning rate is chosen in shorter runs on a validation split, the last sixth of the training samples (after a shuffle, but for
+learning rate is chosen in runs (shorter but for text) on a validation split, the last sixth of the training samples (after a shuffle, but for
 text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a stage says by
 itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be stopped and
 started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled digits and on
@@ -119,7 +119,7 @@ TASKS = {
         (1.5e-3, 3e-3, 6e-3),
         batch=32,
         epochs=5,
-        choose_epochs=2,
+        choose_epochs=5,
         loss="cross-entropy",
         metric="test bits a character",
     ),

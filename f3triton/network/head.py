@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ..kernels import eager
 from .feedback import Feedback
-from .stage import NORM_EPS, Stage, through_norm
+from .stage import Stage
 from .updater import Step
 
 GRID = 4  # an image is read by the means over so many by so many regions
@@ -54,7 +54,7 @@ class Head(Stage):
         return h
 
     def _normalise(self, rows: Tensor) -> Tensor:
-        return rows if self.normal else functional.layer_norm(rows, rows.shape[-1:], eps=NORM_EPS)
+        return rows if self.normal else eager.normalise(rows)
 
     def compute(self, x: Tensor) -> Tensor:
         return self.linear(self._normalise(self._read(x)))
@@ -74,8 +74,17 @@ class Head(Stage):
             return None
         if self.random:
             back = gradient @ self.feedback_matrix.to(gradient.dtype)
-        if not self.normal:
-            back = through_norm(back, rows)
+        return self._at_output(back if self.normal else eager.through_norm(back, rows), shape)
+
+    def visit(self, h: Tensor, target: Tensor, loss: str, step: Step) -> Tensor:
+        """Read a stage's output `h [M, ...]` and learn from that: the gradient at `h` for `target [rows, C]`, in its shape.
+
+        In as few launches as the operations have (`kernels.reference.head_step_`), for heads without random feedback.
+        """
+        return self._at_output(step.read(self.linear, self._read(h), target, loss, not self.normal), h.shape)
+
+    def _at_output(self, back: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient at a stage's output of that shape, for one at what was read of it, `[rows, features]`."""
         if len(shape) == 4:
             regions = back.reshape(len(back), -1, *self.grid)
             return aten._adaptive_avg_pool2d_backward(regions, back.new_empty(()).expand(shape))  # reads its shape only
