@@ -6,11 +6,11 @@
     python -m bench.local text --data path/to/tiny-shakespeare/input.txt
 
 Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
-learning rate is chosen in runs (shorter but for text) on a validation split, the last sixth of the training samples (after a shuffle, but for
-text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a stage says by
-itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be stopped and
-started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled digits and on
-this repository's README.
+learning rate is chosen in runs (for images shorter ones) on a validation split, the last sixth of the training samples (after a
+shuffle, but for text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
+stage says by itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be
+stopped and started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled
+digits and on this repository's README.
 """
 
 from __future__ import annotations

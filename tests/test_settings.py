@@ -24,6 +24,8 @@ OTHERS = {
     "local_head_depth": {"local_head_depth": 1, "method": "local"},
     "local_feedback": {"local_feedback": "random", "method": "local"},
     "reach": {"reach": 2, "method": "local"},
+    "local_positions": {"local_positions": 0.5, "method": "local"},
+    "local_candidates": {"local_candidates": 4, "method": "local"},
     "augment": {"augment": "shift"},
     "loss": {"loss": "cross-entropy"},
     "optimizer": {"optimizer": "adamw"},

@@ -79,8 +79,12 @@ class Head(Stage):
     def visit(self, h: Tensor, target: Tensor, loss: str, step: Step) -> Tensor:
         """Read a stage's output `h [M, ...]` and learn from that: the gradient at `h` for `target [rows, C]`, in its shape.
 
-        In as few launches as the operations have (`kernels.reference.head_step_`), for heads without random feedback.
+        In as few launches as the operations have (`kernels.reference.head_step_`), but for random feedback.
         """
+        if self.random:
+            a, kept = self.keep(h, step)
+            gradient = step.ops.output_step(a.to(target.dtype), target, loss, "none")[0]
+            return self.finish(kept, gradient, step, wants_input=True)
         return self._at_output(step.read(self.linear, self._read(h), target, loss, not self.normal), h.shape)
 
     def _at_output(self, back: Tensor, shape: torch.Size) -> Tensor:

@@ -63,4 +63,5 @@ def by_backpropagation(settings: Settings, streaming: bool) -> Settings:
     windows = {} if streaming else {"window": "off", "visits": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
     local = {"local_head": "auto", "local_head_depth": 0, "local_feedback": "head", "reach": 1}
+    local |= {"local_positions": 1.0, "local_candidates": None}
     return replace(settings, method="bp", signal=None, **errors, **windows, **local)

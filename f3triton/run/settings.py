@@ -108,6 +108,11 @@ class Settings:
         "stages in front of the reading: copies of the next N stages, or with shared heads the network's own last N"))
     local_feedback: str = field(default="head", metadata=about("method", choices=LOCAL_FEEDBACK, within="local", help=
         "what brings a head's error to its stage: the head's weight, or a fixed random matrix by the law of --feedback"))
+    local_positions: float = field(default=1.0, metadata=about("method", metavar="F", within="local", help=
+        "share of the tokens at which hidden stages are read, drawn anew at each step"))
+    local_candidates: int | None = field(default=None, metadata=about("method", parse=int, metavar="K", within="local", help=
+        "classes, drawn anew at each step, among which hidden stages are read by shared heads, beside the target; "
+        "default: all"))
     reach: int = field(default=1, metadata=about("method", metavar="R", within="local", help=
         "stages that the gradient of a stage's reading goes back through, in the method local"))
 
@@ -193,6 +198,11 @@ class Settings:
         for name, value, least in (("reach", self.reach, 1), ("local head depth", self.local_head_depth, 0)):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        share, count = self.local_positions, self.local_candidates
+        if not (isinstance(share, int | float) and 0 < share <= 1):
+            raise InputError(f"local positions must be a share above 0 and up to 1, got {share!r}")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise InputError(f"local candidates must be a whole number of at least 1, got {count!r}")
         if self.local_feedback == "random" and (self.local_head == "shared" or self.local_head_depth):
             raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
 

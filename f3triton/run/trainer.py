@@ -22,6 +22,7 @@ from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.local import Local
+from ..learn.narrow import Narrow
 from ..learn.peers import make_learner, require_linear
 from ..learn.signal import Signal, resolve_loss
 from ..learn.step import Learner
@@ -182,7 +183,9 @@ class Trainer:
             cleanup.callback(store.close)
         local = None
         if plan.signal is not None and plan.signal.local:
-            local = Local(plan.loss, self.model, self.settings.reach)
+            own = self.settings
+            narrow = Narrow(own.local_positions, own.local_candidates, self.seed)
+            local = Local(plan.loss, self.model, own.reach, narrow)
         how = Arithmetic(self.rule, self.choice.operations, device, self.compute_dtype, self.seed)
         self.learner = make_learner(self.method, self.model, data, plan.loss, how, plan.signal, self.hidden_scale, store, local)
         self.learner.augment = plan.augment
@@ -268,6 +271,7 @@ class Trainer:
         self.choice = self.settings.choose(work_of(self.model, self.batch_size * train.positions))
         if signal is not None and signal.local:
             add_readings(self.model, self.settings, train.outputs, train.positions)
+            check_narrow(self.model, self.settings, loss, train.outputs, train.positions)
         self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
         return self._plan
 
@@ -370,6 +374,22 @@ def add_readings(model: Sequential, settings: Settings, outputs: int, positions:
         return
     law = next(stage.feedback_law for stage in hidden) if settings.local_feedback == "random" else None
     model.add_heads([list(stage.output_shape) for stage in hidden], outputs, positions, depth, law, settings.seed)
+
+
+def check_narrow(model: Sequential, settings: Settings, loss: str, outputs: int, positions: int) -> None:
+    """Raise InputError where readings cannot look at a part of the positions or classes only."""
+    share, candidates = settings.local_positions, settings.local_candidates
+    if share < 1 and positions == 1:
+        raise InputError(f"local positions {share:g} needs a model that predicts something at each token; leave it out")
+    if share < 1 and model.heads is not None and settings.local_head_depth:
+        raise InputError(f"local positions {share:g} does not go with own heads behind stages; use local head 'shared'")
+    if candidates is None:
+        return
+    if loss != "cross-entropy" or not model.reading or candidates >= outputs:
+        raise InputError(
+            f"local candidates {candidates} needs shared heads, the loss cross-entropy, and more classes than that; got "
+            f"{'shared' if model.reading else 'own'} heads, {loss}, {outputs} classes"
+        )
 
 
 def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype, rank: int | None = None, seed: int = 0) -> Codec:
