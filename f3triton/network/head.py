@@ -56,8 +56,12 @@ class Head(Stage):
     def _normalise(self, rows: Tensor) -> Tensor:
         return rows if self.normal else eager.normalise(rows)
 
+    def normal_rows(self, h: Tensor) -> Tensor:
+        """What the linear layer gets of a stage's output `h [M, ...]`: `[rows, features]`, normalised."""
+        return self._normalise(self._read(h))
+
     def compute(self, x: Tensor) -> Tensor:
-        return self.linear(self._normalise(self._read(x)))
+        return self.linear(self.normal_rows(x))
 
     def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
         """The outputs `[rows, C]` for a stage's output `x [M, ...]`."""
