@@ -61,7 +61,9 @@ class Head(Stage):
         return self._normalise(self._read(h))
 
     def compute(self, x: Tensor) -> Tensor:
-        return self.linear(self.normal_rows(x))
+        """What is said of `x [M, ...]`: `[M, outputs]`, or of tokens that have targets of their own `[M, tokens, outputs]`."""
+        a = self.linear(self.normal_rows(x))
+        return a.view(*x.shape[:2], -1) if self.by_token and x.dim() == 3 else a
 
     def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
         """The outputs `[rows, C]` for a stage's output `x [M, ...]`."""
