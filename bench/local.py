@@ -116,7 +116,7 @@ TASKS = {
             "DFA": {"method": "dfa"},
             "F3 in windows": {"method": "f3", "window": 64, "visits": 5},
         },
-        (1.5e-3, 3e-3, 6e-3),
+        (3e-3, 6e-3, 1.2e-2),
         batch=32,
         epochs=5,
         choose_epochs=5,
@@ -171,7 +171,10 @@ def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int,
     model = task.network(train, method)
     settings = {name: value for name, value in method.items() if name not in NETWORK}
     trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
-    found = trainer.fit(train, epochs, test, eval_every=epochs)
+    try:
+        found = trainer.fit(train, epochs, test, eval_every=epochs)
+    except f3.Diverged:
+        return {"score": None, "rate": rate}
     exits = {}
     if model.read:
         for place in (*range(1, model.read + 2), "mean"):
@@ -208,7 +211,7 @@ def rows_of(name: str, metric: str, runs: dict[str, dict]) -> list[dict]:
                 part = f"{name}, by the stage that answers"
                 rows.append(row(method, int(place), metric, scores, x_name="exit", part=part))
     for choice, found in runs.items():
-        if choice.startswith("choice"):
+        if choice.startswith("choice") and found["score"] is not None:
             method, rate = choice.removeprefix("choice, ").split(", lr ")
             part = f"{name}, the choice of a learning rate"
             rows.append(row(method, float(rate), "on the validation split", found["score"], x_name="learning rate", part=part))
@@ -276,13 +279,13 @@ def measure(name: str, task: Task, options: argparse.Namespace, output: Path, ru
         if title not in runs:
             runs[title] = run(task, *arguments)
             save(output, result("local", [*rows, *rows_of(name, task.metric, runs)], setting, runs=runs))
-        print(f"{title}: {runs[title]['score']:.3f}", flush=True)
+        print(f"{title}: {runs[title]['score'] or 'diverged'}", flush=True)
         return runs[title]
 
     for method in options.only or task.methods:
         its = task.methods[method]
         by_rate = {rate: once(f"choice, {method}, lr {rate:g}", parts, task.choose_epochs, 0, rate, its) for rate in task.rates}
-        best = min(by_rate, key=lambda rate: by_rate[rate]["score"])
+        best = min(by_rate, key=lambda rate: by_rate[rate]["score"] or math.inf)
         for seed in [1] if options.quick else options.seeds:
             once(f"{method}, seed {seed}", data, task.epochs, seed, best, its)
     rows += rows_of(name, task.metric, runs)
