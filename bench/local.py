@@ -28,6 +28,7 @@ import torch
 import f3triton as f3
 from f3triton.data.text import TextDataset
 from f3triton.run.budget import estimate, with_local
+from f3triton.run.tally import Diverged
 
 from .common import RESULTS, result, row, save, table
 
@@ -173,7 +174,7 @@ def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int,
     trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
     try:
         found = trainer.fit(train, epochs, test, eval_every=epochs)
-    except f3.Diverged:
+    except Diverged:
         return {"score": None, "rate": rate}
     exits = {}
     if model.read:
