@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...base.exceptions import InputError
-from .format import ROWS_AT, Kind, open_regular, os_errors_named
+from ...base.files import open_regular
+from .format import ROWS_AT, Kind, os_errors_named
 
 MAPPED_BYTES = 1 << 28  # of a file's pages that may be in this process's resident memory, about
 AROUND = 1 << 16  # bytes that the system maps around one that is touched
