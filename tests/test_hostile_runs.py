@@ -28,18 +28,8 @@ if sys.platform != "linux":
     pytest.skip("processes are bounded as Linux does it", allow_module_level=True)
 
 STEP = Path("checkpoints") / "step-000000000004"
-SMALL = [
-    "--hidden",
-    "8",
-    "--max-train-samples",
-    "200",
-    "--max-test-samples",
-    "100",
-    "--no-compare",
-    "--quiet",
-    "--device",
-    "cpu",
-]
+FEW = ["--max-train-samples", "200", "--max-test-samples", "100"]
+SMALL = [*FEW, "--hidden", "8", "--no-compare", "--quiet", "--device", "cpu"]
 
 
 def train(*arguments: object) -> int:

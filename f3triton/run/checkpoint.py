@@ -62,12 +62,23 @@ _TALLY = {
 _STREAM = {"pass": Whole(), "block": Whole(), "hash": STRING}
 _READER = {"rows": Whole(), "stream": maybe(ANY_OBJECT), "chunk": Whole(), "taken": Whole()}
 _RECORD = {"epoch": NUMBER, "step": Whole(), "lr": NUMBER, "learning_seconds": NUMBER}
+_HISTORY = Many(Fields(_RECORD, {"test_mse_in_units": Fields({}, others=NUMBER)}, others=NUMBER))
 STATE_HOLDS = Fields(
-    {"settings": Fields({}, {"feedback": Many(STRING)}, others=ANYTHING), "epoch": Whole(), "steps": Whole(), "epochs_done": Whole(), "learning_seconds": NUMBER,
-     "history": Many(Fields(_RECORD, {"test_mse_in_units": Fields({}, others=NUMBER)}, others=NUMBER))},
-    {"format": Whole(FORMAT, FORMAT), "tally": Fields(_TALLY), "store_epoch": Whole(),
-     "stream": maybe(Fields({**_STREAM, "reader": Fields(_READER)}))},
-)  # fmt: skip
+    {
+        "settings": Fields({}, {"feedback": Many(STRING)}, others=ANYTHING),
+        "epoch": Whole(),
+        "steps": Whole(),
+        "epochs_done": Whole(),
+        "learning_seconds": NUMBER,
+        "history": _HISTORY,
+    },
+    {
+        "format": Whole(FORMAT, FORMAT),
+        "tally": Fields(_TALLY),
+        "store_epoch": Whole(),
+        "stream": maybe(Fields({**_STREAM, "reader": Fields(_READER)})),
+    },
+)
 
 
 @dataclass
