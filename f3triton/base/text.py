@@ -9,8 +9,8 @@ def readable_bytes(count: float) -> str:
     """`1536` as `1.5 KiB`."""
     if count < 1024:
         return f"{count:.0f} B"
-    power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+    power = min(int(math.log(count, 1024)), 5)
+    return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power - 1]}"
 
 
 def short(value: object, most: int = 60) -> str:

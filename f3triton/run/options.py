@@ -18,7 +18,7 @@ from ..data.targets import LANGUAGE_MODELING
 from ..error_store import is_folder
 from ..kernels.reference import ACTIVATIONS
 from ..learn.signal import resolve_signal
-from ..models.build import MODELS, OPTIONS
+from ..models.build import LAYERS, MODELS, OPTIONS
 from ..models.transformer import GRANULARITIES, NORMS
 from ..models.vit import EMBEDDINGS, POOLS
 from ..network.feedback import LAWS
@@ -52,6 +52,8 @@ def layer_sizes(text: str) -> list[int]:
     found = re.fullmatch(r"(-?\d+)(?:x(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of units, such as 500, or 500x3 for three layers of 500")
+    if int(found[2] or 1) > LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {LAYERS} layers")
     return [int(found[1])] * int(found[2] or 1)
 
 
