@@ -46,15 +46,15 @@ class MappedRows:
 
     def gather(self, index: Tensor) -> Tensor:
         """The rows `[M, columns]` of the samples `index [M]`, copied."""
-        self._touch(len(index))
+        self.touch(len(index))
         return self.rows.index_select(0, index)
 
     def scatter(self, index: Tensor, rows: Tensor) -> None:
         """Put `rows [M, columns]` in the places of the samples `index [M]`."""
-        self._touch(len(index))
+        self.touch(len(index))
         self.rows.index_copy_(0, index, rows)
 
-    def _touch(self, rows: int) -> None:
+    def touch(self, rows: int) -> None:
         """Keep resident memory bounded: pages leave this process's tables, not the system's cache, and nothing is lost."""
         self.touched += rows * self.touches
         if self.touched > MAPPED_BYTES:
