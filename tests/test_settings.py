@@ -24,6 +24,7 @@ OTHERS = {
     "local_head_depth": {"local_head_depth": 1, "method": "local"},
     "local_feedback": {"local_feedback": "random", "method": "local"},
     "reach": {"reach": 2, "method": "local"},
+    "augment": {"augment": "shift"},
     "loss": {"loss": "cross-entropy"},
     "optimizer": {"optimizer": "adamw"},
     "lr": {"lr": 0.5},

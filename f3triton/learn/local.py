@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..network.head import Head
 from ..network.sequential import Sequential
 from ..network.stage import Stage
 from ..network.updater import Step
@@ -31,6 +32,7 @@ class Local:
     def __init__(self, loss: str, model: Sequential, reach: int = 1) -> None:
         self.loss, self.heads, self.reach = loss, model.heads, reach
         self.reader = list(model.stages[len(model) - model.reading :])
+        self.direct = not self.reader and all(isinstance(head, Head) and not head.random for head in model.heads or ())
         self.read = model.read  # so many hidden stages are read; those behind them learn from the output
 
     def begin(self, target: Tensor, step: Step) -> Hearing:
@@ -39,6 +41,8 @@ class Local:
 
     def gradient(self, place: int, h: Tensor, target: Tensor, step: Step) -> Tensor:
         """The gradient at the output `h [M, ...]` of the hidden stage in that place; a head of its own is updated."""
+        if self.direct:
+            return self.heads[place].visit(h, target, self.loss, step)
         path: Sequence[Stage] = self.reader or [self.heads[place]]
         a, passed = h, []
         for part in path:

@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "mlp": {"hidden": [500], "feedback_shape": "full", "norm": None, "residual": False},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
     "gpt": {**_TRANSFORMER, **_GPT},
-    "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full"},
+    "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full", "norm": "none"},
 }
 LAYERS = 1000  # at most: each is made before anything is known of its weights
 

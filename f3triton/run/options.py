@@ -160,8 +160,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--mlp-width", type=int, metavar="N", help=f"units of the hidden layer in a transformer's block{_own('mlp_width')}")
     dropped = f"share of attention weights and units that a transformer drops while it learns{_own('dropout')}"
     add("--dropout", type=float, metavar="P", help=dropped)
-    norm = "normalisation in a vit's blocks, or after an mlp's activations (layer or none)"
-    add("--norm", choices=tuple(NORMS), help=f"{norm}; default: layer (vit), none (mlp), layer (mlp with --method local)")
+    norm = "normalisation in a vit's blocks, after an mlp's activations (layer or none), or a convnet's convolutions (batch)"
+    words = tuple(dict.fromkeys([*NORMS, "batch"]))
+    add("--norm", choices=words, help=f"{norm}; default: layer (vit), none (mlp, convnet), layer (mlp with --method local)")
     add("--residual", action="store_true", default=None, help="add an mlp layer's input to its output, where sizes are equal")
     add("--tied", action="store_true", default=None, help="make the weight of a gpt's head its tokens' embedding too")
     add("--patch-size", type=int, metavar="N", help=f"side of a vit's patches in pixels{_own('patch_size')}")

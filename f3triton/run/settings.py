@@ -21,6 +21,7 @@ from ..base.device import pick_device
 from ..base.exceptions import InputError
 from ..base.precision import PRECISIONS, Precision, resolve_precision
 from ..base.seeds import check_seed
+from ..data.augment import AUGMENTATIONS
 from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
 from ..kernels.dispatch import BACKENDS, Choice, choose
 from ..kernels.reference import LINKS, LOSSES
@@ -62,7 +63,7 @@ def about(
     """What is known of a setting beside its default: its group and help in `train.py --help`, and
 
     - `choices`: the words that it takes; `parse`: its value from the command line, by default of the default's type
-    - `within`: what it is a part of (signal, rule, windows); `free`: whether a resumed run may have another value
+    - `within`: what it is a part of (signal, rule, windows, ...); `free`: whether a resumed run may have another value
     """
     choices = None if choices is None else tuple(choices)
     return {
@@ -141,6 +142,8 @@ class Settings:
         f"number of visits in a row of every window; default: {DEFAULT_VISITS}"))
     first_visit: str | None = field(default=None, metadata=about("training", choices=FIRST_VISITS, within="windows", help=
         "what a window's first visit teaches the hidden layers; default: skip (nothing)"))
+    augment: str = field(default="none", metadata=about("training", choices=AUGMENTATIONS, within="augment", help=
+        "how training images are changed at each visit: shift (by up to an eighth of their side), crop-flip (and mirrored)"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits"))
 
@@ -245,6 +248,8 @@ class Settings:
         resolved = {"signal": words, "windows": None if self.windows is None else asdict(self.windows)}
         if signal is not None and signal.local:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
+        if self.augment != "none":
+            resolved["augment"] = self.augment
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
 
 

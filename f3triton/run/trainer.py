@@ -15,6 +15,7 @@ from ..base.exceptions import InputError
 from ..base.precision import autocast, matmul_precision, working_dtype
 from ..base.seeds import derived_seed
 from ..data import Dataset, StreamDataset
+from ..data.augment import Augmentation
 from ..data.identity import identity
 from ..error_store import Codec, ErrorStore, Rows, is_folder, make_codec, make_store, pick_home
 from ..error_store.codecs import ByPosition
@@ -55,6 +56,7 @@ class Plan:
     loss: str
     signal: Signal | None
     errors: tuple[str, int, Codec] | None
+    augment: Augmentation | None
     steps_per_epoch: int
     lr_at: Callable[[int], float]  # by steps, counted from 1
 
@@ -183,6 +185,7 @@ class Trainer:
             local = Local(plan.loss, self.model, self.settings.reach)
         how = Arithmetic(self.rule, self.choice.operations, device, self.compute_dtype, self.seed)
         self.learner = make_learner(self.method, self.model, data, plan.loss, how, plan.signal, self.hidden_scale, store, local)
+        self.learner.augment = plan.augment
         if self.cuda_graph != "off":
             graphed = self.learner.use_graph(self.batch_size, slots(self.batch_size, train.outputs))
             if self.cuda_graph == "on" and not graphed:
@@ -213,6 +216,7 @@ class Trainer:
     def _visits(self, order: Order, epoch: int, skip: int, plan: Plan) -> Iterable[Visit]:
         """An epoch's visits after the first `skip`; the error store may look ahead at them."""
         visits, store = order.visits(epoch, skip), self.learner.store
+        visits = (visit._replace(number=number) for number, visit in enumerate(visits, self.result.steps))
         return visits if store is None or not store.reads_ahead else planned(visits, store.plan, plan.train.device)
 
     def check(
@@ -256,6 +260,8 @@ class Trainer:
                 f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
                 "sigmoid (bce) or softmax (cross-entropy)"
             )
+        kind = self.settings.augment
+        augment = None if kind == "none" else Augmentation(kind, train.shape, self.seed)
         example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
         with autocast(self.device, self.compute_dtype):
             seed = self.seed if signal is not None and signal.through_feedback else None
@@ -263,7 +269,7 @@ class Trainer:
         self.choice = self.settings.choose(work_of(self.model, self.batch_size * train.positions))
         if signal is not None and signal.local:
             add_readings(self.model, self.settings, train.outputs, train.positions)
-        self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), epoch_steps, lr_at)
+        self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
         return self._plan
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
