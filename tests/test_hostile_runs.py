@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from test_train_script import main
 
 import f3triton as f3
 from f3triton.base.schema import Anything, Either, Fields, Many, Plain, Schema, Variant, Whole, Word, check
+from f3triton.models.build import MODELS, NETWORK
 from f3triton.run.checkpoint import STATE_HOLDS
 from f3triton.run.folder import CONFIG
 
@@ -183,6 +185,12 @@ def test_sealed_states_that_are_none(change: dict, sound: Path, tmp_path: Path) 
     (tmp_path / "run" / STEP / "state.json").write_text(json.dumps(state | change))
     resealed(tmp_path / "run" / STEP)
     assert used(tmp_path / "run", "resume").code == 2
+
+
+def test_schemas_of_networks_are_those_of_their_classes() -> None:
+    for kind, schema in NETWORK.of.items():
+        settings = {*schema.needed, *schema.may} - {"model", "reading", "exits"}
+        assert settings | {"feedback"} == set(inspect.signature(MODELS[kind]).parameters)
 
 
 # --- the schemas themselves -------------------------------------------------------------------------------------------

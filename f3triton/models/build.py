@@ -19,6 +19,7 @@ from ..network.feedback import Feedback
 from ..network.linear import NORMS as LINEAR_NORMS
 from ..network.sequential import Sequential
 from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
+from .convnet import NORMS as CONV_NORMS
 from .convnet import ConvNet
 from .gpt import GPT
 from .mlp import MLP
@@ -49,7 +50,8 @@ _BLOCKS = {"depth": Whole(1, LAYERS), "heads": _SIZE, "dim": _SIZE, "head_dim": 
 _GPT_HAS = {"tied": FLAG, "feedback_at": Word(FEEDBACK_AT), **_BLOCKS}
 _VIT_HAS = {"patch_size": _SIZE, "embedding": Word(EMBEDDINGS), "positions": FLAG, "pool": Word(POOLS),
             "norm": Word(tuple(NORMS)), **_BLOCKS}  # fmt: skip
-_CONV_HAS = {"channels": Many(_SIZE, 1, LAYERS), "kernel_size": _SIZE, "hidden": Many(_SIZE, 0, LAYERS), **_ANY}
+_CONV_HAS = {"channels": Many(_SIZE, 1, LAYERS), "kernel_size": _SIZE, "hidden": Many(_SIZE, 0, LAYERS),
+             "norm": Word(CONV_NORMS), **_ANY}  # fmt: skip
 # What a description may hold: what it needs, and what else its class takes.
 NETWORK = Variant("model", {
     "mlp": Fields({"sizes": Many(_SIZE, 2, LAYERS)}, {"bias": FLAG, "norm": Word(LINEAR_NORMS), "residual": FLAG, **_ANY}),

@@ -184,13 +184,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             found = {name: one.get_shape() for name, one in slices.items()}
-            types = {one.get_dtype() for one in slices.values()}
+            types = {name: one.get_dtype() for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read the model {str(path)!r}: {short(str(error), 200)[1:-1]}") from None
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             needed = f"shape {found.get(name)}, the network needs {expected.get(name)}"
             raise InputError(f"model {str(path)!r}: tensor {short(name)} has {needed}")
-    if not types <= {*_TYPES}:
-        raise InputError(f"model {str(path)!r} has tensors of type {', '.join(sorted(types))}; allowed: {', '.join(_TYPES)}")
+    for name, tensor in network.state_dict().items():
+        allowed = _TYPES if tensor.is_floating_point() else ("I64",)  # a count of batches
+        if types[name] not in allowed:
+            raise InputError(f"model {str(path)!r}: tensor {name!r} has type {types[name]}; allowed: {', '.join(allowed)}")
     network.load_state_dict(load_file(path), assign=True)

@@ -73,6 +73,8 @@ class Predictor(nn.Module):
         self.network.eval()
         for _ in range(tokens):
             logits = self.network(torch.tensor([ids[-context:]], device=device))[0, -1].double().cpu()  # [C]
+            if not logits.isfinite().all():
+                raise InputError("the model's output holds NaN or infinity; its weights are damaged")
             if temperature == 0:
                 ids.append(int(logits.argmax()))
             else:

@@ -17,7 +17,7 @@ from .mapped import MappedRows
 
 EDGES = [a * 10.0**power for power in range(-6, 0) for a in (1, 3)] + [1.0]  # of the histogram's bins
 BAR = 40  # characters
-LARGEST = 1 << 28  # entries that are looked at, at most
+LARGEST = 1 << 26  # entries that are looked at, at most
 
 
 def inspect(path: str | Path) -> Iterator[str]:
