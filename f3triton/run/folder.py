@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..base.exceptions import InputError
-from ..models.build import build
+from ..base.files import read_object, size_of
+from ..base.memory import available_memory
+from ..base.schema import ANYTHING, Fields, Word, check
+from ..base.text import readable_bytes, short
+from ..data.preprocessing import PREPROCESSING
+from ..kernels.reference import LOSSES
+from ..models.build import NETWORK, build
 from ..network.sequential import Sequential
 from .curves import Curve, draw_curves
 
@@ -24,6 +30,9 @@ FORMAT = 1
 _NAMES = ("config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png")
 CHECKPOINTS = "checkpoints"
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
+_TYPES = ("F32", "F64", "BF16")  # of a model's tensors: see `base.precision`
+# What a run's configuration holds; `options` has what its options may be.
+CONFIG = Fields({"loss": Word(LOSSES), "network": NETWORK, "preprocessing": PREPROCESSING}, others=ANYTHING)
 
 
 class RunFolder:
@@ -145,18 +154,18 @@ def _plain(value: object) -> object:
 
 def read_json(folder: Path, name: str) -> dict:
     """A JSON object from a run's folder. Raises InputError where the folder or file is missing or not a run's."""
-    path = folder / name
     if not folder.is_dir():
         raise InputError(f"run folder {str(folder)!r} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{str(folder)!r} is not a finished run: it has no {name}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object")
-    return content
+    if not os.path.lexists(folder / name):
+        raise InputError(f"{str(folder)!r} is not a finished run: it has no {name}")
+    return read_object(folder / name)
+
+
+def read_config(folder: Path) -> dict:
+    """A run's `config.json`, in which everything is as `CONFIG` says. Raises InputError."""
+    config = read_json(folder, "config.json")
+    check(CONFIG, config, f"{str(folder / 'config.json')!r}: it")
+    return config
 
 
 def build_network(config: dict) -> Sequential:
@@ -168,14 +177,22 @@ def build_network(config: dict) -> Sequential:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from safetensors, after every name, shape and type has been checked. Raises InputError."""
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    size, free = size_of(path), available_memory()
+    if size > free:
+        raise InputError(f"model {str(path)!r} has {size:,} bytes, and {readable_bytes(free)} of memory are free")
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = {name: one.get_shape() for name, one in slices.items()}
+            types = {name: one.get_dtype() for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the model {str(path)!r}: {error}") from None
+        raise InputError(f"cannot read the model {str(path)!r}: {short(str(error), 200)[1:-1]}") from None
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise InputError(
-                f"model {str(path)!r}: tensor {name!r} has shape {found.get(name)}, the network needs {expected.get(name)}"
-            )
+            needed = f"shape {found.get(name)}, the network needs {expected.get(name)}"
+            raise InputError(f"model {str(path)!r}: tensor {short(name)} has {needed}")
+    for name, tensor in network.state_dict().items():
+        allowed = _TYPES if tensor.is_floating_point() else ("I64",)  # a count of batches
+        if types[name] not in allowed:
+            raise InputError(f"model {str(path)!r}: tensor {name!r} has type {types[name]}; allowed: {', '.join(allowed)}")
     network.load_state_dict(load_file(path), assign=True)

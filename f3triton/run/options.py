@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..base.exceptions import InputError
+from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
 from ..data.streams import BUFFER, STATISTICS
 from ..data.targets import LANGUAGE_MODELING
 from ..error_store import is_folder
 from ..kernels.reference import ACTIVATIONS
 from ..learn.signal import resolve_signal
-from ..models.build import MODELS, OPTIONS
+from ..models.build import LAYERS, MODELS, OPTIONS
 from ..models.transformer import GRANULARITIES, NORMS
 from ..models.vit import EMBEDDINGS, POOLS
 from ..network.feedback import LAWS
@@ -26,7 +27,7 @@ from ..recipes import read_recipe, recipe_names, split_name
 from ..visits.windows import DEFAULT_VISITS
 from .folder import read_json
 from .samples import TEMPERATURE, TOKENS
-from .settings import Settings, number_or_word
+from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 KEEP = 2  # checkpoints
@@ -51,6 +52,8 @@ def layer_sizes(text: str) -> list[int]:
     found = re.fullmatch(r"(-?\d+)(?:x(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of units, such as 500, or 500x3 for three layers of 500")
+    if int(found[2] or 1) > LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {LAYERS} layers")
     return [int(found[1])] * int(found[2] or 1)
 
 
@@ -256,10 +259,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
     if options.resume not in (None, "auto"):
-        stored = read_json(Path(options.resume).expanduser(), "config.json").get("options")
-        if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):
-            raise InputError(f"the configuration of the run {options.resume!r} cannot be read by this version")
-        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume, "overwrite": False})
+        stored = vars(from_json(read_json(Path(options.resume).expanduser(), "config.json").get("options")))
+        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
@@ -342,16 +343,23 @@ def whole_path(path: str) -> str:
 
 
 def from_json(stored: object) -> argparse.Namespace:
-    """A run's options, checked as if they had been typed. Raises InputError where they are not a run's."""
-    if not isinstance(stored, dict):
-        raise InputError("the run's config.json has no options")
-    arguments = []
-    for name, value in stored.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            arguments.append(flag)
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            arguments.append(f"{flag}={value}")
-    return parse(arguments)
+    """A run's options. Raises InputError where they are not a run's."""
+    parser = make_parser()
+    known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
+    check(Fields({}, known), stored, "the run's options in config.json: it")
+    here = {"resume": None, "overwrite": False, "evaluate": None, "sample": None, "exit": None}  # are not the run's
+    return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
+
+
+def _schema_of(action: argparse.Action) -> Schema:
+    """What an option's value may be."""
+    whole = Whole(-(1 << 63), 1 << 63)
+    parsed = {int: whole, float: FINITE, layer_sizes: whole, count_or_word: Either((whole, STRING))}
+    one = {**parsed, number_or_word: Either((FINITE, STRING))}.get(action.type, STRING)
+    if action.choices is not None:
+        one = Word(tuple(action.choices))
+    if action.nargs == "+":
+        one = Many(one, 1)
+    if action.nargs == 0:
+        one = FLAG
+    return maybe(one) if action.default is None else one

@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from ..base.exceptions import InputError
+from ..base.memory import available_memory
+from ..base.text import readable_bytes
 from ..data import Dataset, load_dataset, load_text, stream_dataset
 from ..models.build import OPTIONS, build, describe
 from ..network.feedback import Feedback
@@ -53,7 +56,18 @@ def make_feedback(options: argparse.Namespace) -> Feedback:
 
 
 def make_network(options: argparse.Namespace, network: dict[str, object]) -> Sequential:
-    """The network of a description: the same first weights for the same seed, whatever the method."""
+    """The network of a description: the same first weights for the same seed, whatever the method.
+
+    Raises InputError where there is no memory for them.
+    """
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in build(network).parameters())
+    needed, free = 4 * numbers, available_memory()
+    if needed > free:
+        raise InputError(
+            f"not enough memory: the weights need {readable_bytes(needed)}, and {readable_bytes(free)} are free; "
+            "--dry-run shows what else a run needs"
+        )
     torch.manual_seed(options.seed)
     return build(network, make_feedback(options))
 

@@ -17,7 +17,7 @@ from ..learn.signal import resolve_loss
 from .checkpoint import Checkpoints, Snapshot, newest, parse_every
 from .folder import CHECKPOINTS, FORMAT, RunFolder, read_json
 from .identity import settings_of
-from .options import to_json, whole_path
+from .options import from_json, to_json, whole_path
 from .state import require_same
 from .summary import versions
 from .trainer import Trainer
@@ -108,5 +108,4 @@ def _begun_before(options: argparse.Namespace) -> dict[str, object] | None:
     """The options of the run that `--resume auto` finds begun, without a checkpoint yet: it begins again."""
     if options.resume is None or not (Path(options.output_dir).expanduser() / "config.json").exists():
         return None
-    stored = read_json(Path(options.output_dir).expanduser(), "config.json").get("options")
-    return stored if isinstance(stored, dict) else {}
+    return vars(from_json(read_json(Path(options.output_dir).expanduser(), "config.json").get("options")))

@@ -209,7 +209,8 @@ class Trainer:
         parts |= {} if stream is None else {"stream": Stream(stream)}
         parts |= {"tally": tally, "random": Generators(device)}
         settings = settings_of(self, identity(train), plan.epochs, plan.eval_every)
-        keeper = Keeper(parts, settings, self.result, store, checkpoints)
+        known = order.steps_per_epoch if batches is None else None
+        keeper = Keeper(parts, settings, self.result, store, checkpoints, known)
         cleanup.enter_context(keeper.interrupts_between_steps())
         if resume is not None:
             keeper.restore(resume)
