@@ -200,7 +200,11 @@ def _add_feedback(group: argparse._ArgumentGroup) -> None:
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
-    add("--overwrite", action="store_true", help="write over a run in the output folder, and over its error store")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write over a run in the output folder, once there is an evaluation or a checkpoint of the new one; and over its error store",
+    )
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")

@@ -84,6 +84,7 @@ def write_summary(
         against = summarise(other, *data, other.result, other.result.learning_seconds)
         wanted = ("method", *shown(against), "steps_per_second")
         summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
+    folder.mend(None if trainer.result.status == "diverged" else trainer.model)
     folder.write_json("summary.json", summary)
     figure, label = _figure_of(data[0])
     curves = {
