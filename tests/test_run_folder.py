@@ -1,4 +1,4 @@
-"""What a run's folder goes through: a run that is written over, files that others delete, two runs at once, runs that are killed."""
+"""What a run's folder goes through: runs that are written over or killed, files that others delete, two runs at once."""
 
 from __future__ import annotations
 

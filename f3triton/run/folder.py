@@ -40,13 +40,13 @@ _SPARE = 4 << 20  # bytes for everything in a folder but the model
 class RunFolder:
     """Writes a run: `config.json`, `metrics.jsonl`, `model.safetensors`, `summary.json`, `curves.png`.
 
-    With `resume` everything that is there stays. A run that is there and is to be written over (`overwrite`) stays until `settle`:
-    before that all is written to a folder inside, `at`, which `discard` removes. Every file but the growing `metrics.jsonl` is
-    written beside its name and renamed, so that it is whole or not there. What others delete or change meanwhile is written again,
-    and `warn` told.
+    With `resume` everything that is there stays. A run that is to be written over (`overwrite`) stays until `settle`: before
+    that all is written to a folder inside, `at`, which `discard` removes. Every file but the growing `metrics.jsonl` is written
+    beside its name and renamed, so that it is whole or not there. What others delete or change meanwhile is written again, and
+    `warn` told.
 
-    `heads`: whether those of hidden stages are kept in the model file. `lock`, if it is taken already. Raises InputError where the
-    folder is in use, holds a run already (unless `overwrite`), cannot be written, or has no space.
+    `heads`: whether those of hidden stages are kept in the model file. `lock`, if it is taken already. Raises InputError where
+    the folder is in use, holds a run already (unless `overwrite`), cannot be written, or has no space.
     """
 
     def __init__(

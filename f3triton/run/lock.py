@@ -17,7 +17,8 @@ _HELD: set[Path] = set()  # folders that this process has locked
 
 
 class FolderLock:
-    """The lock of `folder`, which is made where it is not there; held until `release`. A folder inside of one that is locked is locked with it.
+    """The lock of `folder`, which is made where it is not there; held until `release`. A folder inside of one that is locked is
+    locked with it.
 
     Raises InputError where another run has it, with its process id. Where the file system has no locks nothing is locked.
     """

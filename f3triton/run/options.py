@@ -203,7 +203,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="write over a run in the output folder, once there is an evaluation or a checkpoint of the new one; and over its error store",
+        help="write over a run in the output folder, as soon as the new one has something to show, and over its error store",
     )
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")

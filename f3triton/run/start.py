@@ -30,7 +30,7 @@ class Start:
 
     `snapshot` is the checkpoint that it goes on from, None where it begins. Raises InputError where the options `--resume`,
     `--overwrite`, `--output-dir` and `--checkpoint-every` do not go with one another or with what is in the folder. Nothing is
-    written or removed before `open`; but a folder that is there is locked, as long as the `with` statement lasts that this is for.
+    written or removed before `open`; but a folder that is there is locked, for as long as the `with` statement lasts.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -69,8 +69,8 @@ class Start:
     def open(self, trainer: Trainer, train_set: Dataset) -> RunFolder:
         """The run's folder, with its configuration and what is there before its first epoch; `checkpoints` are made there.
 
-        The error store of a run that is written over is removed. Raises InputError where a new one cannot be made, the folder is
-        not to be had, or the checkpoint is one of another run.
+        The error store of a run that is written over is removed. Raises InputError where a new one cannot be made, the folder
+        is not to be had, or the checkpoint is one of another run.
         """
         options = self.options
         if self.snapshot is not None:
