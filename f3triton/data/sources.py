@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -97,14 +98,30 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
                 raise InputError(f"file {name!r} is empty")
             _none_of(f"file {name!r}", config=config)
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
+            options |= _cached_by_content(path, streaming)
             # A path is taken for a pattern, where brackets and stars have a meaning.
             files = glob.escape(str(path.resolve()))
             return dict(datasets.load_dataset(reader, data_files=files, streaming=streaming, **options))
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
-        options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
+        options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None) | _cached_by_content(path, streaming)
         return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming, **options))
+
+
+def _cached_by_content(path: Path, streaming: bool) -> dict[str, Any]:
+    """The library's cache takes a file for what it was while size and time are the same; here names and content decide."""
+    import datasets
+
+    if streaming:  # nothing is cached
+        return {}
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                digest.update(chunk)
+    return {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"f3triton-{digest.hexdigest()}")}
 
 
 def _bounded(wanted: bool) -> dict[str, Any]:

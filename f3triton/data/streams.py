@@ -246,6 +246,7 @@ def stream_dataset(
     shuffle_buffer: int = BUFFER,
     statistics_rows: int = STATISTICS,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[StreamDataset, Dataset]:
     """The training rows as a stream, and the test set in memory. What is not listed is as for `load_dataset`.
 
@@ -292,7 +293,7 @@ def stream_dataset(
         samples = _samples(source, max_train_samples, local=isinstance(name, (str, Path)) and _is_local(name))
     if samples > len(first):
         notes = [*notes, f"statistics: of the first {len(first):,} training rows, of {samples:,}"]
-    fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task)
+    fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task, preprocessing)
     if samples > shuffle_buffer:
         notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, shuffle_buffer)]
         fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))

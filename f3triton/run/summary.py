@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from ..data import Dataset
+from ..data.identity import digest
 from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .folder import RunFolder
@@ -37,6 +38,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         "task": train.task,
         "train_samples": len(train),
         "test_samples": len(test),
+        "test_data": digest(test),
         "epochs": result.epochs,
         "steps": result.steps,
         "train_loss": last.get("train_loss"),
