@@ -18,6 +18,7 @@ from .columns import listed, one_line
 BUNDLED = ("digits",)
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 HUB_TIMEOUT_SECONDS = 10.0
+NOTE = "f3triton-content"  # in the library's cache: a hash of what was read
 
 
 def open_source(
@@ -98,30 +99,39 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
                 raise InputError(f"file {name!r} is empty")
             _none_of(f"file {name!r}", config=config)
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
-            options |= _cached_by_content(path, streaming)
             # A path is taken for a pattern, where brackets and stars have a meaning.
             files = glob.escape(str(path.resolve()))
-            return dict(datasets.load_dataset(reader, data_files=files, streaming=streaming, **options))
+            return _load(path, reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
-        options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None) | _cached_by_content(path, streaming)
-        return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming, **options))
+        options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
+        return _load(path, str(path.resolve()), streaming, name=config, **options)
 
 
-def _cached_by_content(path: Path, streaming: bool) -> dict[str, Any]:
-    """The library's cache takes a file for what it was while size and time are the same; here names and content decide."""
+def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str, Any]:
+    """What `datasets.load_dataset` reads from a local `path`.
+
+    Its cache takes a file for what it was while size and time are the same. Here names and content decide, noted there.
+    """
     import datasets
 
     if streaming:  # nothing is cached
-        return {}
+        return dict(datasets.load_dataset(source, streaming=True, **options))
     digest = hashlib.blake2b(digest_size=16)
     for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
         digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
         with file.open("rb") as content:
             while chunk := content.read(1 << 22):
                 digest.update(chunk)
-    return {"cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / f"f3triton-{digest.hexdigest()}")}
+    cached = Path(datasets.load_dataset_builder(source, **options).cache_dir)
+    note = cached / NOTE
+    same = not cached.exists() or (note.exists() and note.read_text() == digest.hexdigest())
+    mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
+    splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
+    with contextlib.suppress(OSError):
+        note.write_text(digest.hexdigest())
+    return splits
 
 
 def _bounded(wanted: bool) -> dict[str, Any]:
