@@ -104,7 +104,7 @@ def build(description: Mapping[str, object], feedback: str | Feedback = "trinomi
     settings = {name: value for name, value in description.items() if name not in ("model", "exits", "reading")}
     known = inspect.signature(MODELS[kind]).parameters
     for name, value in settings.items():
-        if name not in known or name == "feedback":
+        if name not in known or name in ("feedback", "seed"):
             raise InputError(f"the network {kind!r} has no {name!r}; it has: {', '.join(known)}")
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int | float | str | bool | None) or (isinstance(number, int) and abs(number) > LARGEST):
