@@ -14,7 +14,7 @@ import torch
 
 import f3triton as f3
 from f3triton.data.targets import LANGUAGE_MODELING
-from f3triton.run.console import Console
+from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
@@ -31,7 +31,7 @@ from f3triton.visits.windows import check_epochs
 
 def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     began = time.perf_counter()
-    say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
+    say = (lambda line: None) if options.quiet else tell
 
     # What needs no data is checked before any is read.
     settings = make_settings(options)
@@ -123,9 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.evaluate is not None:
             for line in evaluate_run(options, typed):
                 if not options.quiet:
-                    print(line)
+                    tell(line)
         elif options.sample is not None:
-            print(sample_run(options, typed))
+            tell(sample_run(options, typed))
         else:
             refuse_what_has_no_effect(options, typed)
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}

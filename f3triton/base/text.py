@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
@@ -11,3 +11,10 @@ def readable_bytes(count: float) -> str:
         return f"{count:.0f} B"
     power = min(int(math.log(count, 1024)), 4)
     return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """A line that a terminal shows as it is: what else a name may hold (escapes, line breaks, halves of characters) as Python
+    spells it; of a longer line the beginning and the end."""
+    text = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most - most // 8]} ... {text[5 - most // 8 :]}"

@@ -16,7 +16,7 @@ from ..network.norm import LayerNorm
 from ..network.sequential import Sequential
 from ..network.stage import FEEDBACK_AT, Stage
 from ..network.updater import Step
-from .transformer import TransformerBlock, as_stage
+from .transformer import NOT_STORED, TransformerBlock, as_stage
 
 
 class TokenEmbedding(Stage):
@@ -122,8 +122,7 @@ class GPT(Sequential):
         feedback_at: str = "normalised",
         seed: int | None = None,
     ) -> None:
-        own = ("self", "__class__", "feedback", "seed")
-        self.settings = {key: value for key, value in locals().items() if key not in own}
+        self.settings = {key: value for key, value in locals().items() if key not in NOT_STORED}
         for name, value in (("vocabulary", vocabulary), ("context", context), ("depth", depth), ("dim", dim)):
             if not isinstance(value, int) or value < 1 + (name in ("vocabulary", "context")):
                 least = "2" if name in ("vocabulary", "context") else "1"

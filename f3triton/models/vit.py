@@ -17,7 +17,7 @@ from ..network.linear import Kept, Linear
 from ..network.sequential import Sequential
 from ..network.stage import not_shared
 from ..network.updater import Step
-from .transformer import TransformerBlock, as_stage
+from .transformer import NOT_STORED, TransformerBlock, as_stage
 
 EMBEDDINGS = ("joint", "patch")
 POOLS = ("flatten", "mean")
@@ -105,8 +105,7 @@ class ViT(Sequential):
         feedback_shape: str = "full",
         seed: int | None = None,
     ) -> None:
-        own = ("self", "__class__", "feedback", "seed")
-        self.settings = {key: value for key, value in locals().items() if key not in own}
+        self.settings = {key: value for key, value in locals().items() if key not in NOT_STORED}
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         for name, value in (("image size", min(height, width)), ("channels", channels), ("classes", classes),
                             ("patch size", patch_size), ("depth", depth)):  # fmt: skip

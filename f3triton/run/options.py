@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..base.exceptions import InputError
+from ..base.text import printable
 from ..data.streams import BUFFER, STATISTICS
 from ..data.targets import LANGUAGE_MODELING
 from ..error_store import is_folder
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     """One line and exit code 2 for a bad option, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train.py: error: {message} (python train.py --help shows all options)\n")
+        self.exit(2, f"train.py: error: {printable(message)} (python train.py --help shows all options)\n")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
