@@ -288,11 +288,12 @@ def make_settings(options: argparse.Namespace) -> Settings:
 def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> None:
     """An option that the method or the data does not use is an error, not a silent nothing."""
     signal = resolve_signal(options.method, options.signal)
-    idle = {"--hidden-scale", "--link", "--mask-target", "--error-rank", "--feedback", "--feedback-values", "--feedback-scale"}
+    feedback = {"--feedback", "--feedback-values", "--feedback-scale", "--feedback-shape", "--feedback-at"}
+    idle = {"--hidden-scale", "--link", "--mask-target", "--error-rank", *feedback}
     if signal is not None and signal.source != "none":
         idle = {"--link"} if signal.source == "target" else set()
     if signal is not None and signal.local and options.local_feedback == "head":
-        idle |= {"--feedback", "--feedback-values", "--feedback-scale", "--feedback-at"}
+        idle |= feedback
     if signal is None or not signal.delayed:
         idle |= {"--error-store", "--error-dtype"}
     if signal is None or not signal.local:
