@@ -7,6 +7,7 @@ from it again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Protocol
 
 from ..base.choices import check_word
@@ -98,11 +99,21 @@ def describe(
         sizes = {"vocabulary": data.outputs, "context": data.positions}
         return {"model": model, **sizes, "activation": "gelu", **options} | act
     if model == "mlp":
+        sizes = [data.in_features, *options["hidden"], data.outputs]
+        if options["feedback_shape"].startswith("shared"):
+            raise InputError(
+                f"feedback shape {options['feedback_shape']!r} has no effect with --model mlp, whose layers have no tokens or "
+                "pixels that could share it; allowed: full, generated"
+            )
+        if options["residual"] and not any(a == b for a, b in pairwise(sizes[:-1])):
+            raise InputError(
+                f"--residual has no effect in an mlp of the sizes {sizes}, where no hidden layer has its input's size"
+            )
         norm = options["norm"] or ("layer" if local else "none")
         more = {"norm": norm} if norm != "none" else {}
         return {
             "model": model,
-            "sizes": [data.in_features, *options["hidden"], data.outputs],
+            "sizes": sizes,
             "activation": "relu" if local else "tanh",
             "bias": True,
             "feedback_shape": options["feedback_shape"],
