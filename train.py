@@ -19,7 +19,7 @@ from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
 from f3triton.run.options import given, make_settings, parse, refuse_what_has_no_effect
-from f3triton.run.parts import by_backpropagation, load_data, make_feedback, make_network, network_of
+from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
@@ -35,7 +35,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
 
     # What needs no data is checked before any is read.
     settings = make_settings(options)
-    peer = by_backpropagation(settings, options.streaming) if compare else None
+    peers = peers_of(settings, options) if compare else []
     make_feedback(options)
     check_epochs(options.epochs, settings.windows)
 
@@ -91,15 +91,19 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         raise KeyboardInterrupt
 
     summary = write_summary(folder, trainer, data, time.perf_counter() - began)
-    if peer is not None and result.status == "completed":
-        say("the same network by backpropagation:")
+    others: list[f3.Trainer] = []
+    for peer in peers:
+        if result.status != "completed":
+            break
+        say(f"the same network by {METHOD_NAMES[peer.method]}:")
         other = f3.Trainer(make_network(options, network), settings=peer)
         try:
             with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
                 other.fit(train_set, **fitted, on_record=console.record, on_step=console.step)
             result.status = other.result.status
             if result.status == "completed":
-                summary = write_summary(folder, trainer, data, time.perf_counter() - began, other)
+                others.append(other)
+                summary = write_summary(folder, trainer, data, time.perf_counter() - began, others)
         except Diverged as error:
             say(f"no comparison: {error}")
     if diagnostics is not None:

@@ -263,6 +263,9 @@ class Settings:
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
 
 
+LOCAL = tuple(one.name for one in fields(Settings) if one.metadata["within"] == "local")  # those of the method local
+
+
 def takes_settings(cls: type) -> type:
     """Show, in the signature and the docstring of a class, the settings that its `**changes` are."""
     own = [p for p in inspect.signature(cls).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
