@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .exceptions import InputError
+
+_one_at_a_time = threading.RLock()
 
 
 def check_seed(seed: object) -> None:
@@ -32,12 +35,16 @@ def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
 @contextmanager
 def drawing(device: torch.device, *parts: object) -> Iterator[None]:
     """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
-    else; outside they are as they were."""
+    else; outside they are as they were. They belong to all threads, so one draws at a time."""
+    with _one_at_a_time:
+        yield from _drawn(device, derived_seed(*parts))
+
+
+def _drawn(device: torch.device, seed: int) -> Iterator[None]:
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
     before = [generator.get_state() for generator in generators]
-    seed = derived_seed(*parts)
     for generator in generators:
         generator.manual_seed(seed)
     try:

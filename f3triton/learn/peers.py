@@ -16,7 +16,7 @@ from ..error_store.store import ErrorStore
 from ..kernels import eager
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.updater import Arithmetic, Updater, torch_optimizer
+from ..network.updater import Arithmetic, Replicas, Updater, torch_optimizer
 from .local import Local
 from .loss import mean_loss
 from .signal import Signal
@@ -156,12 +156,18 @@ def make_learner(
     scale: float | str = 1.0,
     store: ErrorStore | None = None,
     local: Local | None = None,
+    part: range | None = None,
+    replicas: Replicas | None = None,
 ) -> Learner:
     """The learner of a method, with the `signal` that it stands for (None: its error goes backward) and, where that is
-    delayed, a `store`."""
+    delayed, a `store`. `part`, `replicas`: see `F3Learner`."""
     if method == "fa":
         return FeedbackAlignmentLearner(model, data, Updater(model, how), loss, how.seed)
     if signal is None:
         return BackpropLearner(model, data, loss, how)
-    updater = Updater(model, how, model.stages[-1].parameters() if signal.source == "none" else None)
-    return F3Learner(model, data, updater, loss, signal, scale, store, how.seed, local)
+    taught = None
+    if part is not None or signal.source == "none":
+        first = len(model) - 1 if signal.source == "none" else 0
+        places = range(len(model)) if part is None else part
+        taught = [p for place in places if place >= first for p in model.of(place).parameters()]
+    return F3Learner(model, data, Updater(model, how, taught), loss, signal, scale, store, how.seed, local, part, replicas)

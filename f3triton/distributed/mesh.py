@@ -1,0 +1,139 @@
+"""The processes of a run: how many there are, which place each has, what they say to one another before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..base.exceptions import InputError
+
+WORDS = ("off", "auto")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: `worker` of the `workers` of a pipeline, in `replica` of `replicas`. With `threads` the workers
+    are threads of this process, which is worker 0."""
+
+    worker: int = 0
+    workers: int = 1
+    replica: int = 0
+    replicas: int = 1
+    threads: bool = False
+    mesh: DeviceMesh | None = None  # of processes: ("data", "pipeline")
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's folder and tells of it."""
+        return self.worker == 0 and self.replica == 0
+
+    def peer(self, worker: int) -> int:
+        """The rank of another worker of the same pipeline."""
+        return int(self.mesh.mesh[self.replica, worker])
+
+
+def parse_pipeline(word: int | str) -> tuple[int | str, bool]:
+    """`(workers, threads)` of off, auto, 2 or threads:2. Raises InputError for another word."""
+    found = re.fullmatch(r"(threads:)?([1-9]\d{0,5})", str(word))
+    if found:
+        return int(found[2]), found[1] is not None
+    if word in WORDS:
+        return word, False
+    raise InputError(f"pipeline {word!r} is unknown; allowed: off, auto, a number of processes (2), or of threads (threads:2)")
+
+
+def processes() -> tuple[int, int]:
+    """(rank, how many) of the processes that a launcher such as torchrun has started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def require_a_task(pipeline: int | str, replicas: int) -> None:
+    """Raise InputError where there are several processes and nothing says what each of them is to do."""
+    world = processes()[1]
+    if world > 1 and pipeline == "off" and replicas == 1:
+        raise InputError(
+            f"{world} processes were started, and nothing says what each is to do; add --pipeline auto (a part of the network "
+            f"each) or --data-parallel {world} (a part of every batch each)"
+        )
+
+
+def join(pipeline: int | str, replicas: int) -> Place:
+    """The place of this process; of several, each calls this. Raises InputError where they are too many or too few."""
+    workers, threads = parse_pipeline(pipeline)
+    rank, world = processes()
+    if threads:
+        if world > 1 or replicas > 1:
+            raise InputError(f"pipeline {pipeline!r} is for one process, got {max(world, replicas)}; use --pipeline {workers}")
+        return Place(workers=workers, threads=workers > 1)
+    if workers == "off":
+        workers = 1
+    elif workers == "auto":
+        workers = max(world // replicas, 1)
+    needed = workers * replicas
+    if needed == 1:
+        return Place()
+    if needed != world:
+        parts = f"pipeline {workers}" if replicas == 1 else f"data parallel {replicas}"
+        parts = parts if 1 in (workers, replicas) else f"pipeline {workers} and data parallel {replicas}"
+        raise InputError(
+            f"{parts} needs {needed} processes, got {world}; start them by torchrun --nproc-per-node {needed} train.py ..."
+            + f", or use threads of one process: --pipeline threads:{workers}" * (replicas == 1)
+        )
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo")
+    mesh = init_device_mesh("cpu", (replicas, workers), mesh_dim_names=("data", "pipeline"))
+    replica, worker = mesh.get_coordinate()
+    return Place(worker, workers, replica, replicas, False, mesh)
+
+
+def exchange(place: Place, content: object) -> list[object]:
+    """What each process says, as JSON has it, by rank."""
+    if place.mesh is None:
+        return [content]
+    text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    longest = int(max(sizes))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+    return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
+
+
+def agree(place: Place, facts: dict[str, object]) -> None:
+    """Raise InputError, in every process, where `facts` are not the same in all of them."""
+    said = exchange(place, facts)
+    for rank, other in enumerate(said):
+        for name in sorted(said[0].keys() | other.keys()):
+            if said[0].get(name) != other.get(name):
+                raise InputError(
+                    f"{name} must be the same in all processes, but it is {said[0].get(name)!r} in process 0 and "
+                    f"{other.get(name)!r} in process {rank}"
+                )
+
+
+def first_to_say(reason: str) -> bool:
+    """Whether no other process has said before why the run ends; process 0 is heard first."""
+    rank, world = processes()
+    if world == 1:
+        return True
+    if rank:
+        time.sleep(0.5)
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=3))
+        key = f"f3triton/reason/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return store.compare_set(key, "", f"{rank}: {reason}").decode() == f"{rank}: {reason}"
+    except (KeyError, ValueError, RuntimeError):  # no launcher of that kind, or it has ended
+        return True
