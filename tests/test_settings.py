@@ -44,6 +44,8 @@ OTHERS = {
     "backend": {"backend": "torch"},
     "cuda_graph": {"cuda_graph": "off"},
     "precision": {"precision": "float64"},
+    "pipeline": {"pipeline": "threads:2"},
+    "pipeline_split": {"pipeline_split": "1,1", "pipeline": "threads:2"},
 }
 
 

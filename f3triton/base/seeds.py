@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .exceptions import InputError
 
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()  # held by whoever uses torch's global generators, which all threads share
 
 
 def check_seed(seed: object) -> None:
@@ -36,7 +36,7 @@ def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
 def drawing(device: torch.device, *parts: object) -> Iterator[None]:
     """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
     else; outside they are as they were. They belong to all threads, so one draws at a time."""
-    with _one_at_a_time:
+    with one_at_a_time:
         yield from _drawn(device, derived_seed(*parts))
 
 

@@ -128,7 +128,9 @@ def unpack(whole: Tensor, device: torch.device) -> Packet:
     for name, word, shape, start in shapes:
         dtype = getattr(torch, word)
         count = torch.Size(shape).numel() * dtype.itemsize
-        tensors[name] = whole[head + start :][:count].view(dtype).view(shape).to(device) if count else torch.empty(shape, dtype=dtype)
+        tensors[name] = (
+            whole[head + start :][:count].view(dtype).view(shape).to(device) if count else torch.empty(shape, dtype=dtype)
+        )
     return Packet(kind, about, tensors)
 
 
@@ -144,10 +146,7 @@ class GlooSender:
         whole = pack(packet)
         size = torch.tensor([whole.numel()])
         try:
-            works = [
-                dist.isend(part, self.peer, self.group, tag)
-                for part, tag in ((size, SIZE_TAG), (whole, BYTES_TAG))
-            ]
+            works = [dist.isend(part, self.peer, self.group, tag) for part, tag in ((size, SIZE_TAG), (whole, BYTES_TAG))]
             self.pending.append((works, [size, whole]))
             began = time.perf_counter()
             while len(self.pending) > (packet.kind != "end"):

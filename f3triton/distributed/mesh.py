@@ -8,12 +8,15 @@ import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..base.exceptions import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 WORDS = ("off", "auto")
 
@@ -93,6 +96,8 @@ def join(pipeline: int | str, replicas: int) -> Place:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo")
+    from torch.distributed.device_mesh import init_device_mesh  # not every torch has it
+
     mesh = init_device_mesh("cpu", (replicas, workers), mesh_dim_names=("data", "pipeline"))
     replica, worker = mesh.get_coordinate()
     return Place(worker, workers, replica, replicas, False, mesh)

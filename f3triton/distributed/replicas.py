@@ -1,7 +1,7 @@
 """Replicas: each learns from its own rows of every batch, and all come to the same weights.
 
-By factors: the rows of `delta` and `x` are gathered, and every replica forms the product of the whole batch, the very one that a
-single worker forms. By gradients: each forms the product of its own rows, and the sum is taken, to rounding. Of M rows of a
+By factors: the rows of `delta` and `x` are gathered, and every replica forms the product of the whole batch, the very one that
+a single worker forms. By gradients: each forms the product of its own rows, and the sum is taken, to rounding. Of M rows of a
 layer `[N, K]`, factors are `M (N + K)` numbers, gradients `2 N K`.
 """
 
@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.stage import Stage
 
 BY = ("auto", "factors", "gradients")
 
 
 class DataParallel:
-    """One of `count` replicas, the one of that `number`; see `updater.Replicas`. `by`: one of `BY`; auto sends the fewer bytes."""
+    """One of `count` replicas, the one of that `number`; see `updater.Replicas`. `by`: one of `BY`; auto sends the fewer
+    bytes."""
 
     def __init__(self, group: dist.ProcessGroup, number: int, count: int, by: str) -> None:
         self.group, self.number, self.count, self.by = group, number, count, by
@@ -49,14 +50,9 @@ class DataParallel:
         """What is sent for the hidden stages' weights, with so many rows of a batch, and whether the bits are those of one."""
         weights = [p for stage in model.stages[:-1] for p in stage.parameters() if p.dim() == 2]
         factors = sum(self.by_factors(weight.shape, rows // self.count) for weight in weights)
-        others = sum(p.dim() != 2 for stage in model.stages[:-1] if not _linear(stage) for p in stage.parameters())
+        others = sum(p.dim() != 2 for stage in model.stages[:-1] if not isinstance(stage, Linear) for p in stage.parameters())
         exact = factors == len(weights) and not others
         return (
             f"data parallel {self.count}: {factors} weights by factors, {len(weights) - factors + others} parameters by "
             f"gradients; {'the bits of one worker' if exact else 'sums are those of one worker to rounding'}"
         )
-
-
-def _linear(stage: Stage) -> bool:
-    """Whether all that a stage has is a linear layer's weight and bias."""
-    return {name for name, _ in stage.named_parameters()} <= {"weight", "bias"} and stage.weight.dim() == 2

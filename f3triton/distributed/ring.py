@@ -1,10 +1,10 @@
 """The ring: packets go from worker 0 through all the others and back to it.
 
-A stage's work for a batch needs its own state after the batch before, the activations of the batch, and the batch's error rows:
-nothing of later stages. So every worker takes the packets in the order in which they come, and only the rows could make a
-difference. They are kept at worker 0, which reads those of a batch and sends them along, and writes what comes back in the order
-of the steps. Before it reads for a batch, the rows of every step up to the last one that visited a sample of the batch have been
-written (`Needs`), whoever was faster: nothing depends on time.
+A stage's work for a batch needs its own state after the batch before, the activations of the batch, and the batch's error
+rows: nothing of later stages. So every worker takes the packets in the order in which they come, and only the rows could make
+a difference. They are kept at worker 0, which reads those of a batch and sends them along, and writes what comes back in the
+order of the steps. Before it reads for a batch, the rows of every step up to the last one that visited a sample of the batch
+have been written (`Needs`), whoever was faster: nothing depends on time.
 
 What is asked of everyone at a certain step (its stages for a checkpoint, the figures of a test batch, the end) is a packet too.
 It meets each worker after the same step, so that nobody has to stop.
@@ -291,9 +291,5 @@ class Helper:
 
 def lines_of(times: list[dict[str, float]]) -> list[str]:
     """The workers' times, for people."""
-    return [
-        f"worker {one['worker']}: {one['stages']} stages, busy {one['busy_ms']:.2f} ms a step, waiting {one['waiting_ms']:.2f} ms"
-        for one in times
-    ]
-
-
+    each = "worker {worker}: {stages} stages, busy {busy_ms:.2f} ms a step, waiting {waiting_ms:.2f} ms"
+    return [each.format(**one) for one in times]

@@ -21,8 +21,8 @@ REPEATS = 5
 
 
 def best_split(costs: Numbers[float], workers: int, last: int = 1) -> list[int]:
-    """How many of the stages, in a row, each of so many `workers` gets: the one with the largest sum of `costs` has the smallest
-    there can be. The last one gets at least `last`.
+    """How many of the stages, in a row, each of so many `workers` gets: the one with the largest sum of `costs` has the
+    smallest there can be. The last one gets at least `last`.
 
     By dynamic programming over the first n stages and the first w workers; of equal splits the one whose last workers have the
     fewest stages.
@@ -63,8 +63,8 @@ def check_split(split: Numbers[int], workers: int, stages: int, last: int) -> No
     if len(split) != workers or sum(split) != stages or min(split) < 1 or split[-1] < last:
         text, rest = ",".join(map(str, split)), f", of which the last worker needs {last}" * (last > 1)
         raise InputError(
-            f"pipeline split '{text}' must be {workers} numbers (one a worker) of at least 1 with the sum {stages}, the network's "
-            f"stages{rest}"
+            f"pipeline split '{text}' must be {workers} numbers of at least 1, one a worker, with the sum {stages}, the "
+            f"network's stages{rest}"
         )
 
 

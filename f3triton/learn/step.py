@@ -62,10 +62,10 @@ class F3Learner:
 
     With a `local` one they learn from readings of their own outputs instead, see there.
 
-    `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. `part`: the stages that learn here, all by
-    default; what comes before them and behind them is the work of others, to whom a store belongs as well. `replicas`: those
-    that learn from other rows of the same batches. Raises ValueError for a delayed signal without a store: it would learn from
-    targets only.
+    `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. `part`: the stages that learn here, all
+    by default; what comes before them and behind them is the work of others, to whom a store belongs as well. `replicas`:
+    those that learn from other rows of the same batches. Raises ValueError for a delayed signal without a store: it would
+    learn from targets only.
     """
 
     def __init__(
@@ -110,7 +110,8 @@ class F3Learner:
         return output
 
     def given(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """`(x [batch, ...], target [M, C], row [M, R], split)`: what a visit begins with. `split`: x and row are one replica's."""
+        """`(x [batch, ...], target [M, C], row [M, R], split)`: what a visit begins with. `split`: x and row are one
+        replica's."""
         x, target = batch(self.data, visit.index, self.dtype, self.device)
         row = self.signal.before(visit, target, self.store)  # None: not known yet
         split = self.replicas is not None and self.replicas.divide(len(x))

@@ -21,6 +21,9 @@ from ..base.device import pick_device
 from ..base.exceptions import InputError
 from ..base.precision import PRECISIONS, Precision, resolve_precision
 from ..base.seeds import check_seed
+from ..distributed.mesh import parse_pipeline
+from ..distributed.replicas import BY
+from ..error_store import is_folder
 from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
 from ..kernels.dispatch import BACKENDS, Choice, choose
 from ..kernels.reference import LINKS, LOSSES
@@ -152,6 +155,16 @@ class Settings:
         "run a step as one CUDA graph, where all stages are Linear"))
     precision: str = field(default="float32", metadata=about("run", choices=PRECISIONS, help=
         "precision of the matrix products; weights are float32, but for float64 and bfloat16-weights"))
+    pipeline: int | str = field(default="off", metadata=about("run", parse=count_or_word, metavar="N", free=True, help=
+        "the network's stages on N processes that torchrun has started, or auto: on all of them; threads:N: on N threads of "
+        "this process; off: on one"))
+    pipeline_split: str | Sequence[int] | None = field(default=None, metadata=about("run", metavar="N,N", free=True, help=
+        "numbers of stages of the pipeline's workers, such as 5,6; default: by the stages' measured times"))
+    data_parallel: int = field(default=1, metadata=about("run", metavar="R", free=True, help=
+        "divide every batch among R replicas, each a process or a pipeline"))
+    data_parallel_by: str = field(default="auto", metadata=about("run", choices=BY, free=True, help=
+        "what replicas exchange: factors (inputs and errors; linear layers learn exactly what one worker learns), gradients "
+        "(to rounding), auto: what is less"))
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -176,6 +189,7 @@ class Settings:
         if self.error_rank is not None and (self.resolved_signal is None or not self.resolved_signal.through_feedback):
             raise InputError(f"error rank {self.error_rank!r} has no effect with the method {self.method!r}; leave it out")
         self._check_local()
+        self._check_workers()
         if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
             raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
 
@@ -192,6 +206,47 @@ class Settings:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if self.local_feedback == "random" and (self.local_head == "shared" or self.local_head_depth):
             raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
+
+    def _check_workers(self) -> None:
+        workers, _ = parse_pipeline(self.pipeline)
+        if not isinstance(self.data_parallel, int) or self.data_parallel < 1:
+            raise InputError(f"data parallel must be a whole number of at least 1, got {self.data_parallel!r}")
+        if workers == "off" and self.pipeline_split is not None:
+            raise InputError(f"pipeline split {self.pipeline_split!r} has no effect without a pipeline; leave it out")
+        if self.data_parallel == 1 and self.data_parallel_by != "auto":
+            raise InputError(f"data parallel by {self.data_parallel_by!r} has no effect without data parallel; leave it out")
+        _ = self.split
+        signal = self.resolved_signal
+        if workers != "off" and (signal is None or signal.current):
+            raise InputError(
+                f"pipeline {self.pipeline!r} needs stages that do not wait for later ones, and with the method {self.method!r} "
+                "they do; use f3, drtp, local or last-layer"
+            )
+        if workers != "off" and signal.local and (self.reach > 1 or self.local_head == "shared"):
+            wrong = f"reach {self.reach}" if self.reach > 1 else "local head 'shared'"
+            raise InputError(
+                f"{wrong} needs stages of other workers, which a pipeline has not; use heads of the stages' own, reach 1"
+            )
+        if self.data_parallel > 1:
+            if self.method != "bp" and (signal is None or signal.current or signal.local):
+                raise InputError(f"data parallel is for the methods f3, drtp, last-layer and bp, got {self.method!r}")
+            if self.batch_size % self.data_parallel:
+                raise InputError(f"batch size {self.batch_size} cannot be divided among {self.data_parallel} replicas")
+            if is_folder(self.error_store):
+                raise InputError(f"error store {str(self.error_store)!r} cannot be written by several replicas; use memory")
+        if self.cuda_graph == "on" and (workers != "off" or self.data_parallel > 1):
+            raise InputError("cuda graph 'on' does not go with a pipeline or data parallel; use 'auto'")
+
+    @cached_property
+    def split(self) -> list[int] | None:
+        """The numbers of stages of a pipeline's workers, where they were given."""
+        given = self.pipeline_split
+        if given is None:
+            return None
+        try:
+            return [int(part) for part in (given.split(",") if isinstance(given, str) else given)]
+        except (TypeError, ValueError):
+            raise InputError(f"pipeline split {given!r} is not understood; allowed: numbers of stages, such as 5,6") from None
 
     @cached_property
     def resolved_signal(self) -> Signal | None:
