@@ -61,37 +61,44 @@ def processes() -> tuple[int, int]:
 
 
 def require_a_task(pipeline: int | str, replicas: int) -> None:
-    """Raise InputError where there are several processes and nothing says what each of them is to do."""
+    """Raise InputError where there are several processes and nothing says what each of them is to do, or they are too many or
+    too few."""
     world = processes()[1]
     if world > 1 and pipeline == "off" and replicas == 1:
         raise InputError(
             f"{world} processes were started, and nothing says what each is to do; add --pipeline auto (a part of the network "
             f"each) or --data-parallel {world} (a part of every batch each)"
         )
+    count_workers(pipeline, replicas)
 
 
-def join(pipeline: int | str, replicas: int) -> Place:
-    """The place of this process; of several, each calls this. Raises InputError where they are too many or too few."""
+def count_workers(pipeline: int | str, replicas: int) -> int:
+    """How many workers each pipeline has. Raises InputError where so many processes have not been started."""
     workers, threads = parse_pipeline(pipeline)
-    rank, world = processes()
+    world = processes()[1]
     if threads:
         if world > 1 or replicas > 1:
             raise InputError(f"pipeline {pipeline!r} is for one process, got {max(world, replicas)}; use --pipeline {workers}")
-        return Place(workers=workers, threads=workers > 1)
-    if workers == "off":
-        workers = 1
-    elif workers == "auto":
-        workers = max(world // replicas, 1)
+        return workers
+    if workers in WORDS:
+        workers = 1 if workers == "off" else max(world // replicas, 1)
     needed = workers * replicas
-    if needed == 1:
-        return Place()
-    if needed != world:
-        parts = f"pipeline {workers}" if replicas == 1 else f"data parallel {replicas}"
-        parts = parts if 1 in (workers, replicas) else f"pipeline {workers} and data parallel {replicas}"
+    if needed not in (1, world):
+        parts = [f"pipeline {workers}"] * (workers > 1) + [f"data parallel {replicas}"] * (replicas > 1)
         raise InputError(
-            f"{parts} needs {needed} processes, got {world}; start them by torchrun --nproc-per-node {needed} train.py ..."
-            + f", or use threads of one process: --pipeline threads:{workers}" * (replicas == 1)
+            f"{' and '.join(parts)} needs {needed} processes, got {world}; start them by torchrun --nproc-per-node {needed} "
+            "train.py ..." + f", or use threads of one process: --pipeline threads:{workers}" * (replicas == 1)
         )
+    return workers
+
+
+def join(pipeline: int | str, replicas: int) -> Place:
+    """The place of this process; of several, each calls this. Raises InputError, see `count_workers`."""
+    workers, rank = count_workers(pipeline, replicas), processes()[0]
+    if workers * replicas == 1:
+        return Place()
+    if parse_pipeline(pipeline)[1]:
+        return Place(workers=workers, threads=True)
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
@@ -126,6 +133,12 @@ def agree(place: Place, facts: dict[str, object]) -> None:
                     f"{name} must be the same in all processes, but it is {said[0].get(name)!r} in process 0 and "
                     f"{other.get(name)!r} in process {rank}"
                 )
+
+
+def part() -> None:
+    """Leave the other processes, at the end of a script."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first_to_say(reason: str) -> bool:

@@ -30,6 +30,7 @@ from .settings import Settings, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 KEEP = 2  # checkpoints
+WORKERS = ("pipeline", "pipeline_split", "data_parallel", "data_parallel_by")
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +259,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         stored = read_json(Path(options.resume).expanduser(), "config.json").get("options")
         if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):
             raise InputError(f"the configuration of the run {options.resume!r} cannot be read by this version")
-        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume, "overwrite": False})
+        here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
+        parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume, "overwrite": False})
         options = parser.parse_args(arguments)
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
@@ -309,6 +311,8 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         if options.task == LANGUAGE_MODELING:
             raise InputError(f"task {LANGUAGE_MODELING!r} needs a text: --text FILE, or --text COLUMN with --dataset")
         _refuse(options, ("tokenizer", "context", "tokens", "prompt", "temperature"), "without --text")
+    if options.pipeline != "off" or options.data_parallel > 1:
+        _refuse(options, ("diagnose", "compare"), "with several workers; leave it out")
     if options.streaming and options.diagnose is not None:
         raise InputError("--diagnose looks at the same samples again and again, which a stream does not keep")
 

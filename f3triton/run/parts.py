@@ -60,7 +60,8 @@ def make_network(options: argparse.Namespace, network: dict[str, object]) -> Seq
 
 def by_backpropagation(settings: Settings, streaming: bool) -> Settings:
     """The same training by backpropagation, in one order without windows but for a stream, which has no other."""
-    windows = {} if streaming else {"window": "off", "visits": None}
+    windows = {} if streaming else {"window": "off", "visits": None, "window_order": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
     local = {"local_head": "auto", "local_head_depth": 0, "local_feedback": "head", "reach": 1}
-    return replace(settings, method="bp", signal=None, **errors, **windows, **local)
+    workers = {"pipeline": "off", "pipeline_split": None, "data_parallel": 1, "data_parallel_by": "auto"}
+    return replace(settings, method="bp", signal=None, **errors, **windows, **local, **workers)

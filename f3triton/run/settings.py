@@ -31,7 +31,7 @@ from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.signal import METHODS, SIGNALS, Signal, resolve_signal
 from ..network.updater import RULES, make_rule
-from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, Windows, resolve_windows
+from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS, Windows, resolve_windows
 from .schedule import SCHEDULES, make_schedule
 
 SWITCH = ("auto", "on", "off")
@@ -144,6 +144,8 @@ class Settings:
         f"number of visits in a row of every window; default: {DEFAULT_VISITS}"))
     first_visit: str | None = field(default=None, metadata=about("training", choices=FIRST_VISITS, within="windows", help=
         "what a window's first visit teaches the hidden layers; default: skip (nothing)"))
+    window_order: str | None = field(default=None, metadata=about("training", choices=ORDERS, within="windows", help=
+        "windows one after the other, or two at a time in turns (A B A B), so that a pipeline does not wait; default: one"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits"))
 
@@ -270,7 +272,9 @@ class Settings:
     @cached_property
     def windows(self) -> Windows | None:
         """The windows in which samples are visited; None where they are not."""
-        return resolve_windows(self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors)
+        return resolve_windows(
+            self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors, self.window_order
+        )
 
     @cached_property
     def resolved_device(self) -> torch.device:
@@ -297,7 +301,10 @@ class Settings:
         own = [one.name for one in fields(self) if not (one.metadata["free"] or one.metadata["within"])]
         signal = self.resolved_signal
         words = None if signal is None else {"source": signal.source, "link": signal.link, "mask": signal.mask}
-        resolved = {"signal": words, "windows": None if self.windows is None else asdict(self.windows)}
+        windows = None if self.windows is None else asdict(self.windows)
+        if windows is not None and windows["order"] == "one":
+            del windows["order"]  # as it was when there was no other
+        resolved = {"signal": words, "windows": windows}
         if signal is not None and signal.local:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..base.exceptions import InputError
 from ..data import Dataset
 from ..data.identity import identity
+from ..distributed.mesh import processes
 from ..error_store import check_home, is_folder, remove_store
 from ..learn.signal import resolve_loss
 from .checkpoint import Checkpoints, Snapshot, newest, parse_every
@@ -96,7 +97,8 @@ def _checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
     if options.output_dir is None:
         raise InputError("--resume auto needs --output-dir, the run's folder")
     folder = Path(options.output_dir).expanduser()
-    found = newest(folder / CHECKPOINTS, lambda line: print(f"train.py: warning: {line}", file=sys.stderr))
+    warn = (lambda line: None) if processes()[0] else (lambda line: print(f"train.py: warning: {line}", file=sys.stderr))
+    found = newest(folder / CHECKPOINTS, warn)
     if found is None and options.resume != "auto":
         raise InputError(f"run {options.resume!r} has no checkpoint to go on from")
     if found is None and (folder / "summary.json").exists():

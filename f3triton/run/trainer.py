@@ -45,7 +45,7 @@ from .schedule import make_schedule
 from .settings import Settings, takes_settings
 from .state import Errors, Generators, Keeper, Moments, Network, Part, Stream
 from .tally import Diverged, Tally, evaluate, slots
-from .workers import arrange, help_along, lead, replicas_of
+from .workers import arrange, help_along, lead, replicas_of, reuse_lines
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,7 @@ class Trainer:
         flow, others, leave = lead(self, plan)
         on_host = flow.elsewhere or (store is not None and store.reads_ahead)
         where = torch.device("cpu") if on_host else train.device  # are the sample indices
-        order: Order
-        if self.windows is None:
-            order = EpochOrder(len(train), self.batch_size, self.seed, where, batches)
-        else:
-            kind = WindowOrder if stream is None else StreamOrder
-            order = kind(len(train), self.batch_size, self.windows, self.seed, plan.errors is not None, where)
+        order = self.order_of(plan, where, batches)
         tally = Tally(plan.loss, train.outputs, device)
         parts: dict[str, Part] = {
             "network": Network(self.model),
@@ -237,6 +232,14 @@ class Trainer:
         if resume is not None:
             keeper.restore(resume)
         return flow, order, keeper, tally
+
+    def order_of(self, plan: Plan, where: torch.device, batches: Callable[[int], Iterable[Tensor]] | None = None) -> Order:
+        """The order of the run's visits, their tensors on the device `where`."""
+        count = len(plan.train)
+        if self.windows is None:
+            return EpochOrder(count, self.batch_size, self.seed, where, batches)
+        kind = StreamOrder if isinstance(plan.train, StreamDataset) else WindowOrder
+        return kind(count, self.batch_size, self.windows, self.seed, plan.errors is not None, where)
 
     def learner_of(self, plan: Plan, worker: int, data: Data | None = None, store: ErrorStore | None = None) -> Learner:
         """What learns at a worker: a part of the network where there are several, else all of it."""
@@ -317,8 +320,7 @@ class Trainer:
         if self.signal is None or not self.signal.delayed:
             return None
         codec = error_codec(self.error_dtype, train, working_dtype(self.model), self.error_rank, self.seed)
-        local = self.windows is not None and self.windows.local
-        samples = min(self.windows.size, len(train)) if local else len(train)
+        samples = len(train) if self.windows is None else self.windows.rows(len(train))
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
 
     def _make_store(self, plan: Plan, data: Data, generations: int, resume: bool) -> ErrorStore | None:
@@ -339,6 +341,19 @@ class Trainer:
         signal = "" if self.signal is None else f", signal {self.signal.source}{' masked by the target' * self.signal.mask}"
         signal += "" if self.windows is None else f", {self.windows}"
         return f"method {self.method}{signal}, {rule} lr {self.rule.lr:g} {self.lr_schedule}, device {self.device}"
+
+    def describe_workers(self) -> list[str]:
+        """What each of several workers does, after `check`: a line for a pipeline, and one for replicas."""
+        plan, lines = self._plan, []
+        if plan is not None and plan.split is not None:
+            kind = "threads" if self.seat.threads else "processes"
+            each = ", ".join(f"{cost:g}" for cost in self.stage_milliseconds)
+            why = f"; by the milliseconds of a batch in each stage: {each}" if each else ""
+            lines.append(f"pipeline of {self.seat.workers} {kind}: {', '.join(map(str, plan.split))} stages{why}")
+            lines += reuse_lines(self, plan)
+        if self.replicas is not None and self.method != "bp":
+            lines.append(self.replicas.describe(self.model, self.batch_size))
+        return lines
 
     def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
         """`test_loss`, and `test_error` (percent wrong) for classes or `test_mse` for values, in eval mode.

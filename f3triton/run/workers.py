@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import signal
+import statistics
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ from ..data.identity import identity
 from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
 from ..distributed.replicas import DataParallel
-from ..distributed.ring import Alone, Helper, Ring, WorkerFailed
+from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
 from .checkpoint import Snapshot
@@ -26,6 +28,7 @@ from .settings import Settings
 from .state import Moments, Network, handling, require_same, restore
 from .tally import Diverged
 
+LOOKED_AT = 2000  # steps whose reuse distance is taken
 Leave = Callable[[type | None, BaseException | None, object], None]
 
 
@@ -81,6 +84,26 @@ def measured(trainer: Any, plan: Any) -> list[float]:
     row = torch.zeros(len(index) * train.positions, width, dtype=dtype, device=trainer.device)
     with one_thread_each(trainer.seat), matmul_precision(trainer.precision):
         return milliseconds(trainer.model, x, row, plan.signal, trainer.arithmetic())
+
+
+def reuse_lines(trainer: Any, plan: Any) -> list[str]:
+    """After how many steps a batch needs the last of the rows that it reads, and whether a pipeline has to wait for them."""
+    if plan.errors is None:
+        return []
+    order, needs, found, number = trainer.order_of(plan, torch.device("cpu")), Needs(plan.errors[1]), [], 0
+    for visit in itertools.islice(itertools.chain.from_iterable(map(order.visits, range(plan.epochs))), LOOKED_AT):
+        number += 1
+        needed = needs.of(visit.row, visit.teach == "signal", number)
+        found += [number - needed] if needed else []
+    if not found:
+        return []
+    waiting = sum(distance < trainer.seat.workers for distance in found) / number
+    line = f"reuse distance: {min(found)} steps or more, {statistics.median_low(found)} mostly; shorter than the pipeline in "
+    lines = [f"{line}{waiting:.1%} of the steps"]
+    if waiting > 0.05:
+        way = "take --window-order turns, or fewer workers" if trainer.windows is not None else "take fewer workers"
+        lines.append(f"warning: in those the pipeline runs empty; {way}")
+    return lines
 
 
 class one_thread_each:
