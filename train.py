@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}
             train(options, plain if options.compare is None else options.compare)
     except (f3.InputError, Diverged, WorkerFailed, Gone) as error:
-        if first_to_say(str(error)):
+        if first_to_say(str(error), isinstance(error, Gone)):
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, WorkerFailed | Gone) else 2
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:

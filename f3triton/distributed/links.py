@@ -198,4 +198,4 @@ class GlooReceiver:
 
 def _short(error: Exception) -> str:
     """What gloo says of a lost connection, without where in its source."""
-    return str(error).splitlines()[0].rpartition("] ")[2][:80].rstrip(" .")
+    return str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")

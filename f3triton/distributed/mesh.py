@@ -141,12 +141,13 @@ def part() -> None:
         dist.destroy_process_group()
 
 
-def first_to_say(reason: str) -> bool:
-    """Whether no other process has said before why the run ends; process 0 is heard first."""
+def first_to_say(reason: str, at_once: bool = False) -> bool:
+    """Whether no other process has said before why the run ends; process 0 is heard first, but for what has to be said
+    `at_once`."""
     rank, world = processes()
     if world == 1:
         return True
-    if rank:
+    if rank and not at_once:
         time.sleep(0.5)
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

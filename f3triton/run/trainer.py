@@ -146,7 +146,7 @@ class Trainer:
             return result
         with contextlib.ExitStack() as cleanup:
             flow, order, keeper, tally = self._begin(plan, settings, batches, checkpoints, resume, cleanup)
-            steps = result.steps
+            steps, behind = result.steps, tally.batches  # of an epoch that was begun before
 
             def done(samples: int, output: Output) -> None:
                 result.steps += 1
@@ -158,10 +158,11 @@ class Trainer:
                 for epoch in range(result.epochs, epochs):
                     figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
-                        for visit in self._visits(order, epoch, tally.batches, plan):
+                        for visit in self._visits(order, epoch, behind, plan):
                             steps += 1
                             flow.visit(visit, plan.lr_at(steps), partial(done, len(visit.index)))
                             keeper.after_step(steps)
+                        behind = 0
                         if self.learner.store is not None and self.learner.store.reads_ahead:
                             flow.drain()  # what an epoch has written to a file is read when all of it is there
                         flow.then(partial(self._end_epoch, epoch, plan, tally, keeper, figures))
