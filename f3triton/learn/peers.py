@@ -35,9 +35,10 @@ class _Backward:
 
 
 class BackpropLearner(_Backward):
-    """Backpropagation by autograd with torch's fused optimizer."""
+    """Backpropagation by autograd with torch's fused optimizer; with `replicas` by torch's DistributedDataParallel."""
 
-    def __init__(self, model: Sequential, data: Data, loss: str, how: Arithmetic) -> None:
+    def __init__(self, model: Sequential, data: Data, loss: str, how: Arithmetic, replicas: Replicas | None = None) -> None:
+        self.replicas, self.run = replicas, model if replicas is None else replicas.average_gradients(model)
         self.model, self.data, self.loss, self.compute_dtype = model, data, loss, how.compute_dtype
         self.dtype, self.device = next(model.parameters()).dtype, how.device
         self.optimizer = torch_optimizer(how.rule, [p for p in model.parameters() if p.requires_grad])
@@ -52,14 +53,16 @@ class BackpropLearner(_Backward):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.steps += 1
-        draws = drawing(self.device, self.seed, "dropout", self.steps) if self.draws else nullcontext()
+        split = self.replicas is not None and self.replicas.divide(len(x))
+        own = (self.replicas.number,) if split else ()
+        draws = drawing(self.device, self.seed, "dropout", self.steps, *own) if self.draws else nullcontext()
         with draws, autocast(x.device, self.compute_dtype):
-            a = self.model(x)  # [M, C], or [batch, tokens, C]
+            a = self.run(self.replicas.own(x) if split else x)  # [M, C], or [batch, tokens, C]
         a = a.flatten(0, -2).to(self.dtype)
-        mean_loss(a, target, self.loss).backward()
+        mean_loss(a, self.replicas.own(target) if split else target, self.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Output(a.detach(), target)
+        return Output(self.replicas.gather(a) if split else a.detach(), target)
 
     def state(self) -> dict[str, Tensor]:
         """See `Learner`."""
@@ -164,7 +167,7 @@ def make_learner(
     if method == "fa":
         return FeedbackAlignmentLearner(model, data, Updater(model, how), loss, how.seed)
     if signal is None:
-        return BackpropLearner(model, data, loss, how)
+        return BackpropLearner(model, data, loss, how, replicas)
     taught = None
     if part is not None or signal.source == "none":
         first = len(model) - 1 if signal.source == "none" else 0

@@ -79,6 +79,9 @@ class Replicas(Protocol):
     def total(self, part: Tensor) -> Tensor:
         """The sum over all replicas."""
 
+    def average_gradients(self, model: nn.Module) -> nn.Module:
+        """The model, for autograd: its gradients are then the mean over all replicas."""
+
     def by_factors(self, shape: torch.Size, rows: int) -> bool:
         """Whether a weight of that shape `[N, K]` is updated from gathered factors, for so many rows of each replica."""
 

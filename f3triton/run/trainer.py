@@ -45,7 +45,7 @@ from .schedule import make_schedule
 from .settings import Settings, takes_settings
 from .state import Errors, Generators, Keeper, Moments, Network, Part, Stream
 from .tally import Diverged, Tally, evaluate, slots
-from .workers import arrange, help_along, lead, replicas_of, reuse_lines
+from .workers import arrange, help_along, lead, replicas_of, reuse_lines, rows_are_alike
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,8 @@ class Trainer:
             lines.append(f"pipeline of {self.seat.workers} {kind}: {', '.join(map(str, plan.split))} stages{why}")
             lines += reuse_lines(self, plan)
         if self.replicas is not None and self.method != "bp":
-            lines.append(self.replicas.describe(self.model, self.batch_size))
+            alike = rows_are_alike(self, plan)
+            lines.append(self.replicas.describe(self.model, self.batch_size * plan.train.positions, alike))
         return lines
 
     def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:

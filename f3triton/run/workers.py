@@ -18,7 +18,7 @@ from ..base.precision import matmul_precision, working_dtype
 from ..data.identity import identity
 from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
-from ..distributed.replicas import DataParallel
+from ..distributed.replicas import DataParallel, rows_alike
 from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
@@ -36,7 +36,9 @@ def replicas_of(seat: Place, settings: Settings) -> DataParallel | None:
     """What a worker knows of its replicas."""
     if seat.replicas == 1:
         return None
-    return DataParallel(seat.mesh["data"].get_group(), seat.replica, seat.replicas, settings.data_parallel_by)
+    return DataParallel(
+        seat.mesh["data"].get_group(), seat.replica, seat.replicas, settings.data_parallel_by, settings.batch_size
+    )
 
 
 def arrange(trainer: Any, plan: Any) -> list[int] | None:
@@ -77,11 +79,7 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
 
 def measured(trainer: Any, plan: Any) -> list[float]:
     """Milliseconds a batch of every stage."""
-    train, dtype = plan.train, working_dtype(trainer.model)
-    index = torch.arange(min(trainer.batch_size, len(train)), device=train.device)
-    x = train.fetch(index, dtype).to(trainer.device)
-    width = trainer.error_rank or train.outputs
-    row = torch.zeros(len(index) * train.positions, width, dtype=dtype, device=trainer.device)
+    x, row = first_batch(trainer, plan)
     with one_thread_each(trainer.seat), matmul_precision(trainer.precision):
         return milliseconds(trainer.model, x, row, plan.signal, trainer.arithmetic())
 
@@ -104,6 +102,25 @@ def reuse_lines(trainer: Any, plan: Any) -> list[str]:
         way = "take --window-order turns, or fewer workers" if trainer.windows is not None else "take fewer workers"
         lines.append(f"warning: in those the pipeline runs empty; {way}")
     return lines
+
+
+def first_batch(trainer: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(x [M, ...], row [rows, R])`: the first samples, and errors as good as any."""
+    train, dtype = plan.train, working_dtype(trainer.model)
+    index = torch.arange(min(trainer.batch_size, len(train)), device=train.device)
+    size = len(index) * train.positions, trainer.error_rank or train.outputs
+    row = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(trainer.device, dtype)
+    return train.fetch(index, dtype).to(trainer.device), row
+
+
+def rows_are_alike(trainer: Any, plan: Any) -> bool:
+    """See `replicas.rows_alike`."""
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    trainer.model.eval()
+    alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
+    for module, mode in modes:
+        module.training = mode
+    return alike
 
 
 class one_thread_each:
