@@ -102,12 +102,28 @@ def join(pipeline: int | str, replicas: int) -> Place:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo")
+        dist.init_process_group("cpu:gloo", store=meeting_point(rank, world := processes()[1]), rank=rank, world_size=world)
     from torch.distributed.device_mesh import init_device_mesh  # not every torch has it
 
     mesh = init_device_mesh("cpu", (replicas, workers), mesh_dim_names=("data", "pipeline"))
     replica, worker = mesh.get_coordinate()
     return Place(worker, workers, replica, replicas, False, mesh)
+
+
+def meeting_point(rank: int, world: int) -> dist.Store:
+    """The store at which processes find one another, as torchrun's variables say; what an attempt before this one has left
+    there is not read again."""
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise InputError(f"{world} processes need MASTER_ADDR and MASTER_PORT to find one another; use torchrun") from None
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return dist.PrefixStore(f"f3triton/{attempt()}", dist.TCPStore(*address, world, hosts))
+
+
+def attempt() -> str:
+    """How often torchrun has started the processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def exchange(place: Place, content: object) -> list[object]:
@@ -152,7 +168,7 @@ def first_to_say(reason: str, at_once: bool = False) -> bool:
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=3))
-        key = f"f3triton/reason/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        key = f"f3triton/reason/{attempt()}"
         return store.compare_set(key, "", f"{rank}: {reason}").decode() == f"{rank}: {reason}"
     except (KeyError, ValueError, RuntimeError):  # no launcher of that kind, or it has ended
         return True
