@@ -14,6 +14,9 @@ import torch
 
 import f3triton as f3
 from f3triton.data.targets import LANGUAGE_MODELING
+from f3triton.distributed.links import Gone
+from f3triton.distributed.mesh import first_to_say, part, processes, require_a_task
+from f3triton.distributed.ring import WorkerFailed, lines_of
 from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
@@ -31,10 +34,11 @@ from f3triton.visits.windows import check_epochs
 
 def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     began = time.perf_counter()
-    say = (lambda line: None) if options.quiet else tell
+    say = (lambda line: None) if options.quiet or processes()[0] else tell
 
     # What needs no data is checked before any is read.
     settings = make_settings(options)
+    require_a_task(options.pipeline, options.data_parallel)
     peers = peers_of(settings, options) if compare else []
     make_feedback(options)
     check_epochs(options.epochs, settings.windows)
@@ -60,6 +64,13 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     store = trainer.store_for(train_set)
     if store is not None:
         say(store_line(*store))
+    for line in trainer.describe_workers():
+        say(line)
+    fitted = {"epochs": options.epochs, "test": test_set, "eval_every": options.eval_every}
+    if not trainer.seat.writes:  # another process writes the run down and tells of it
+        if trainer.fit(train_set, **fitted, resume=start.snapshot).status == "interrupted":
+            raise KeyboardInterrupt
+        return
 
     diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
 
@@ -73,7 +84,6 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             diagnostics(record)
         folder.keep(record, trainer.model)
 
-    fitted = {"epochs": options.epochs, "test": test_set, "eval_every": options.eval_every}
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
             result = trainer.fit(
@@ -114,6 +124,8 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         say(line)
     if is_text and not options.quiet:
         say(f"a sample:\n{sample_of(trainer.model, train_set, options)}")
+    for line in lines_of(result.workers):
+        say(line)
     if result.status == "interrupted":
         raise KeyboardInterrupt
 
@@ -135,17 +147,20 @@ def main(arguments: list[str] | None = None) -> int:
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}
             with Start(options) as start:
                 train(options, plain if options.compare is None else options.compare, start)
-    except f3.InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    except (f3.InputError, Diverged, WorkerFailed, Gone) as error:
+        if first_to_say(str(error), isinstance(error, Gone)):
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, WorkerFailed | Gone) else 2
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         print("train.py: error: not enough memory; --dry-run shows what it is needed for", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)
+        if processes()[0] == 0:
+            print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)
         return 130
+    part()
     return 0
 
 

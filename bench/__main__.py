@@ -24,7 +24,7 @@ from .common import RESULTS
 
 HERE = Path(__file__).parent
 NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
-NOT_ALONE |= {"error_store_peers", "tritons"}
+NOT_ALONE |= {"error_store_peers", "tritons", "pipeline_simulation"}
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output
 FULL = {

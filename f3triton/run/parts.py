@@ -82,11 +82,13 @@ METHOD_NAMES = {"local": "local errors", "bp": "backpropagation"}  # of what a r
 def peers_of(settings: Settings, options: argparse.Namespace) -> list[Settings]:
     """What a run is compared with: the same training by backpropagation, and before it, of F3 in a network of several hidden
     stages, by local errors. In one order without windows, but for a stream, which has no other."""
-    windows = {} if options.streaming else {"window": "off", "visits": None}
+    windows = {} if options.streaming else {"window": "off", "visits": None, "window_order": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
     local = {name: getattr(Settings(), name) for name in LOCAL}
-    found = [replace(settings, method="bp", signal=None, **errors, **windows, **local)]
+    workers = {"pipeline": "off", "pipeline_split": None, "data_parallel": 1, "data_parallel_by": "auto"}
+    settings = replace(settings, signal=None, **errors, **windows, **workers)
+    found = [replace(settings, method="bp", **local)]
     if settings.method == "f3" and options.model == "mlp" and len(options.hidden or OPTIONS["mlp"]["hidden"]) > 1:
         plain = {"link": "auto", "mask_target": False, "hidden_scale": 1.0}
-        found.insert(0, replace(settings, method="local", signal=None, **errors, **windows, **plain))
+        found.insert(0, replace(settings, method="local", **plain))
     return found

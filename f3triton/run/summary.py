@@ -49,6 +49,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
         "exits": exits_of(trainer, test, figure),
+        "workers": result.workers or None,
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
