@@ -526,7 +526,7 @@ def test_settings_that_are_refused(settings: dict, message: str) -> None:
 
 def test_what_the_script_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "pipeline 2 needs 2 processes, got 1; start them by torchrun --nproc-per-node 2" in fails(capsys, "--pipeline", "2")
-    assert "a pipeline of 3 workers needs as many stages, and the network has 2" in fails(capsys, "--pipeline", "threads:3")
+    assert "a pipeline of 4 workers needs as many stages, and the network has 3" in fails(capsys, "--pipeline", "threads:4")
     few = ["--max-train-samples", 100, "--pipeline", "threads:2"]
     assert "--diagnose has no effect with several workers" in fails(capsys, *few, "--diagnose")
     assert "--compare has no effect with several workers" in fails(capsys, *few, "--compare")

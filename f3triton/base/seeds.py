@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,23 +32,33 @@ def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, "order", epoch)))
 
 
-@contextmanager
-def drawing(device: torch.device, *parts: object) -> Iterator[None]:
+def first_weights(seed: int | None) -> AbstractContextManager[None]:
+    """A model's first weights are drawn from the seed inside; where it is None from torch's global generator, as torch's own
+    modules do. Raises InputError for anything else."""
+    if seed is None:
+        return nullcontext()
+    check_seed(seed)
+    return _seeded([torch.default_generator], seed)
+
+
+def drawing(device: torch.device, *parts: object) -> AbstractContextManager[None]:
     """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
-    else; outside they are as they were. They belong to all threads, so one draws at a time."""
-    with one_at_a_time:
-        yield from _drawn(device, derived_seed(*parts))
-
-
-def _drawn(device: torch.device, seed: int) -> Iterator[None]:
+    else. They belong to all threads, so one draws at a time."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
+    return _seeded(generators, derived_seed(*parts))
+
+
+@contextmanager
+def _seeded(generators: list[torch.Generator], seed: int) -> Iterator[None]:
+    """The generators begin at `seed` inside; outside they are as they were."""
+    with one_at_a_time:
+        before = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)

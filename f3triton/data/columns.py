@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,10 @@ class Table:
     class_names: Mapping[str, list[str]] = field(default_factory=dict)  # of ClassLabel columns
     features: Mapping[str, str] = field(default_factory=dict)  # what `datasets` calls each column: Image, Value, ...
     picked: np.ndarray | None = None
+    folders: tuple[Path, ...] | None = None  # where files are that rows may name; None: anywhere
 
     @classmethod
-    def from_dataset(cls, dataset: Any, where: str) -> Table:
+    def from_dataset(cls, dataset: Any, where: str, folders: tuple[Path, ...] | None = None) -> Table:
         """The rows of a `datasets.Dataset`; memory-mapped columns stay so."""
         features = dataset.features
         return cls(
@@ -37,11 +40,16 @@ class Table:
             where=where,
             class_names={name: list(f.names) for name, f in features.items() if type(f).__name__ == "ClassLabel"},
             features={name: type(f).__name__ for name, f in features.items()},
+            folders=folders,
         )
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return self.table.column_names
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
 
     def __len__(self) -> int:
         return self.table.num_rows if self.picked is None else len(self.picked)
@@ -55,7 +63,7 @@ class Table:
         return f"row {index if self.picked is None else self.picked[index]} of {self.where}"
 
     def require(self, name: str) -> None:
-        if name not in self.names:
+        if name not in self._known:
             raise InputError(f"no column {name!r} in {self.where}; columns: {listed(self.names)}")
 
     def type(self, name: str) -> Any:
@@ -120,8 +128,8 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Tabl
 def raw_column(raw: Any, name: str, where: str) -> list:
     """The values of one column of a list of dicts, a dict of columns or a `pandas.DataFrame`, as a list."""
     if isinstance(raw, (list, tuple)) and all(isinstance(row, Mapping) for row in raw):
-        known = list(dict.fromkeys(key for row in raw for key in row))
-        if raw and name not in known:
+        if raw and not any(name in row for row in raw):
+            known = dict.fromkeys(key for row in raw for key in row)
             raise InputError(f"no column {name!r} in {where}; columns: {listed(known)}")
         return [row.get(name) for row in raw]
     if not isinstance(raw, Mapping) and not hasattr(raw, "columns"):

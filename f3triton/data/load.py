@@ -17,8 +17,8 @@ from .columns import Table, listed
 from .dataset import Dataset
 from .images import channel_moments, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
-from .sources import open_source
-from .splits import TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, subset
+from .sources import folders_of, open_source
+from .splits import TEST_FRACTION, TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, refuse_fraction, subset
 from .tables import Column, UnusableColumnError, encode_table, fit_column
 from .targets import Target, choose_task, encode_target, fit_target
 
@@ -33,7 +33,7 @@ def load_dataset(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
@@ -41,6 +41,7 @@ def load_dataset(
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The training and the test set, on the CPU, with one `Preprocessing` fitted on the training rows.
 
@@ -51,7 +52,7 @@ def load_dataset(
         train_split: by default `train`, or the only split there is.
         test_split: by default the first of `test`, `validation`, `valid`, `dev` that exists; without one, test rows are
             cut from the training split.
-        test_fraction: the share of rows to cut; which ones is a function of `seed` and the number of rows only.
+        test_fraction: the share of rows to cut, by default 0.2; which ones is a function of `seed` and the number of rows only.
         target: the column to predict, or several numbers (a list, or separated by commas). By default the only ClassLabel
             column; else a column called label, labels, target, targets, y or class; else the only one left to choose.
         features: table columns to use; by default all that can be used, the others being reported by
@@ -61,21 +62,22 @@ def load_dataset(
             distinct values are classes, other numbers are regression.
         max_train_samples, max_test_samples: keep the first so many rows after a seeded shuffle, in their original order.
         seed: of the cut and of the subsets.
+        preprocessing: that of an earlier run (`f3.load(...).preprocessing`), by which these rows are prepared too.
     Raises:
-        InputError: one line about what cannot be used.
+        InputError: one line about what cannot be used; of a `preprocessing` where columns, types or classes are not its own.
     """
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
             raise InputError(f"{what} (--{what.replace('_', '-')}) is {value}; allowed: 1 or more")
-    if not 0 < test_fraction < 1:
+    if test_fraction is not None and not 0 < test_fraction < 1:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
     check_seed(seed)
     label, splits = open_source(name, config, revision)
-    every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed)
+    every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed, folders_of(name))
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
     test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
 
-    return encode(label, revision, every, train, test, notes, target, features, image, task)
+    return encode(label, revision, every, train, test, notes, target, features, image, task, preprocessing)
 
 
 def encode(
@@ -89,8 +91,10 @@ def encode(
     features: str | Sequence[str] | None,
     image: str | None,
     task: str,
+    given: Preprocessing | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`."""
+    """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`; or by the `given` one,
+    where what would be fitted differs from it in statistics only."""
     targets = choose_target(every, target)
     for column in targets:
         test.require(column)
@@ -102,6 +106,12 @@ def encode(
         preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out)
     else:
         preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
+    if given is not None:
+        given.require_like(preprocessing, label)
+        preprocessing = given
+        train_targets, test_targets = given.encode_targets(train), given.encode_targets(test)
+        if given.kind == TABLE:  # pixels have no statistics in them
+            train_inputs, test_inputs = given.encode(train), given.encode(test)
     return (
         Dataset(label, train_inputs, train_targets, preprocessing, revision, _split_name(train)),
         Dataset(label, test_inputs, test_targets, preprocessing, revision, _split_name(test)),
@@ -113,18 +123,24 @@ def _split_name(rows: Table) -> str:
 
 
 def _split_rows(
-    splits: dict[str, datasets.Dataset], train_split: str | None, test_split: str | None, fraction: float, seed: int
+    splits: dict[str, datasets.Dataset],
+    train_split: str | None,
+    test_split: str | None,
+    fraction: float | None,
+    seed: int,
+    folders: tuple[Path, ...] | None,
 ) -> tuple[Table, Table, Table, list[str]]:
     """All rows of the training split, the training and test rows, and notes."""
     train_name, test_name = choose_splits(splits, train_split, test_split)
-    every = Table.from_dataset(splits[train_name], f"split {train_name!r}")
+    refuse_fraction(fraction, test_name)
+    every = Table.from_dataset(splits[train_name], f"split {train_name!r}", folders)
     if not len(every):
         raise InputError(f"split {train_name!r} is empty")
     if test_name is None:
-        train, test = (every.select(picked) for picked in cut(len(every), fraction, seed))
+        train, test = (every.select(picked) for picked in cut(len(every), fraction or TEST_FRACTION, seed))
         note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
         return every, train, test, [note]
-    test = Table.from_dataset(splits[test_name], f"split {test_name!r}")
+    test = Table.from_dataset(splits[test_name], f"split {test_name!r}", folders)
     if not len(test):
         raise InputError(f"split {test_name!r} is empty")
     return every, every, test, []

@@ -24,8 +24,8 @@ from .columns import Table
 from .dataset import Dataset
 from .load import encode
 from .preprocessing import Preprocessing
-from .sources import open_source, reading
-from .splits import choose_splits
+from .sources import folders_of, open_source, reading
+from .splits import TEST_FRACTION, choose_splits, refuse_fraction
 from .targets import CLASSIFICATION, encode_target
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Source:
     name: str
     split: str
     every: int | None = None
+    folders: tuple[Path, ...] | None = None  # see `Table`
 
     def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[pa.Table, dict[str, Any] | None]]:
         """(chunk, where the stream was before it) from the start, or from a place that was given so; None: not known."""
@@ -149,6 +150,7 @@ class StreamReader:
             where,
             {name: list(f.names) for name, f in features.items() if type(f).__name__ == "ClassLabel"},
             {name: type(f).__name__ for name, f in features.items()},
+            folders=self.source.folders,
         )
 
     def skip(self, rows: int) -> None:
@@ -236,7 +238,7 @@ def stream_dataset(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
@@ -246,12 +248,13 @@ def stream_dataset(
     shuffle_buffer: int = BUFFER,
     statistics_rows: int = STATISTICS,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[StreamDataset, Dataset]:
     """The training rows as a stream, and the test set in memory. What is not listed is as for `load_dataset`.
 
     Args:
         name: as for `load_dataset`, or a `datasets.IterableDataset`, one or several splits in a dict.
-        test_fraction: without a test split, every n-th row is held out, n = 1 / test_fraction to the nearest.
+        test_fraction: without a test split, every n-th row is held out, n = 1 / test_fraction to the nearest, by default 5.
         max_train_samples: a pass ends after so many rows. Needed where the stream neither says its length nor is local,
             where it is counted by reading it once.
         max_test_samples: the first so many test rows; 10,000 where it is None.
@@ -269,20 +272,22 @@ def stream_dataset(
     for what, value in numbers.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{what} (--{what.replace('_', '-')}) is {value!r}; allowed: a whole number of 1 or more")
-    if not 0 < test_fraction <= 0.5:
+    if test_fraction is not None and not 0 < test_fraction <= 0.5:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed for a stream: above 0, at most 0.5")
     check_seed(seed)
     label, splits = open_source(name, config, revision, streaming=True)
     train_name, test_name = choose_splits(splits, train_split, test_split)
-    every = round(1 / test_fraction) if test_name is None else None
-    source = Source(splits[train_name], label, train_name, every)
+    refuse_fraction(test_fraction, test_name)
+    every = round(1 / (test_fraction or TEST_FRACTION)) if test_name is None else None
+    folders = folders_of(name)
+    source = Source(splits[train_name], label, train_name, every, folders)
     first = StreamReader(source).take(statistics_rows)
     most = TEST_ROWS if max_test_samples is None else max_test_samples
     if test_name is None:
         test = StreamReader(source, held_out=True).take(most)
         notes = [f"split: every {every}th row of {train_name!r} kept for testing, {len(test):,} of them used"]
     else:
-        test, notes = StreamReader(Source(splits[test_name], label, test_name)).take(most), []
+        test, notes = StreamReader(Source(splits[test_name], label, test_name, folders=folders)).take(most), []
     for rows, split in ((first, train_name), (test, test_name or train_name)):
         if not len(rows):
             raise InputError(f"split {split!r} has no rows{' left to hold out' * (rows is test and test_name is None)}")
@@ -292,27 +297,51 @@ def stream_dataset(
         samples = _samples(source, max_train_samples, local=isinstance(name, (str, Path)) and _is_local(name))
     if samples > len(first):
         notes = [*notes, f"statistics: of the first {len(first):,} training rows, of {samples:,}"]
-    fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task)
-    if samples > shuffle_buffer:
-        notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, shuffle_buffer)]
-        fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))
+    try:
+        fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task, preprocessing)
+    except InputError as error:
+        if "one class only" not in str(error):
+            raise
+        raise InputError(f"{error}; shuffle the files, or raise statistics_rows (--statistics-rows)") from None
+    _refuse_one_class(fitted, test_set, samples)
+    notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, min(shuffle_buffer, samples))]
+    fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))
     train = StreamDataset(source, samples, shuffle_buffer, fitted.inputs, fitted.targets, fitted.preprocessing, revision)
     return train, test_set
 
 
-def _sorted_note(train: Dataset, test: Dataset, buffer: int) -> list[str]:
-    """A warning where the first buffer has no sample of a class of which, going by the test set, it should have ten or more."""
+def _refuse_one_class(train: Dataset, test: Dataset, samples: int) -> None:
+    """Raise InputError where all rows to train on, or to test on, are of one class: in sorted rows the first ones are."""
     if train.task != CLASSIFICATION:
-        return []
-    seen = train.targets[:buffer]  # [rows]
-    there, expected = (torch.bincount(t, minlength=train.outputs) for t in (seen, test.targets))  # [C]
-    missing = int(((there == 0) & (expected / len(test) * len(seen) >= 10)).sum())
-    if not missing:
+        return
+    limits = {"training": "max_train_samples (--max-train-samples)", "test": "max_test_samples (--max-test-samples)"}
+    for (part, limit), ids in zip(limits.items(), (train.targets[:samples], test.targets), strict=True):
+        if len(ids.unique()) == 1:
+            raise InputError(
+                f"the {len(ids):,} {part} rows are all of the class {train.preprocessing.target_names[int(ids[0])]!r}, as if "
+                f"{train.name!r} were sorted; shuffle the files, or raise {limit}"
+            )
+
+
+def _sorted_note(train: Dataset, test: Dataset, buffer: int) -> list[str]:
+    """A warning where the first buffer has no sample of a class of which, going by the test set, it should have ten or more; or
+    where each row's target tells much of the next one's, as in rows that are sorted, or follow one another in time."""
+    seen, missing = train.targets[:buffer], 0  # [rows] or [rows, T]
+    if train.task == CLASSIFICATION:
+        there, expected = (torch.bincount(t, minlength=train.outputs) for t in (seen, test.targets))  # [C]
+        missing = int(((there == 0) & (expected / len(test) * len(seen) >= 10)).sum())
+        differ, by_chance = (seen[1:] != seen[:-1]).float().mean(), 1 - (there / len(seen)).square().sum()
+    else:
+        differ, by_chance = (seen[1:] - seen[:-1]).square().sum(1).mean(), 2 * seen.var(0, correction=0).sum()
+    if missing:
+        found = f"lack {missing} of the {train.outputs} classes"
+    elif len(seen) >= 20 and differ < by_chance / 2:
+        found = "come in runs, each with much the same target as the one before"
+    else:
         return []
     return [
-        f"WARNING: the first {len(seen):,} training rows lack {missing} of the {train.outputs} classes, as if the rows were "
-        "sorted; a stream in such an order teaches a network to forget. Shuffle the files, or raise shuffle_buffer "
-        "(--shuffle-buffer)"
+        f"WARNING: the first {len(seen):,} training rows {found}, as if they were sorted; a stream in such an order teaches "
+        "a network to forget. Shuffle the files, or raise shuffle_buffer (--shuffle-buffer)"
     ]
 
 

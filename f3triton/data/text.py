@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import listed, one_line
+from ..base.files import read_bytes
+from ..base.memory import available_memory
+from .columns import listed
 from .dataset import Dataset
 from .preprocessing import TEXT, Preprocessing
 from .sources import open_source
-from .splits import choose_splits
+from .splits import choose_splits, refuse_fraction
 from .targets import LANGUAGE_MODELING, Target
 from .tokens import BYTES, fit_tokenizer
 
 if TYPE_CHECKING:
     import datasets
 
+BYTES_OF_A_CHARACTER = 32  # of a text, in memory while it is encoded: itself, its code points, their places
 TEST_FRACTION = 0.1  # of a text without a test split
 SEPARATOR = "\n"  # between the rows of a column
 
@@ -73,9 +76,10 @@ def load_text(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = TEST_FRACTION,
+    test_fraction: float | None = None,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[TextDataset, TextDataset]:
     """The training and the test set of a language model, on the CPU.
 
@@ -84,14 +88,15 @@ def load_text(
         dataset, config, revision, train_split, test_split: as for `load_dataset`.
         context: tokens of a window.
         tokenizer: `characters` (those of the training text), `bytes`, or the JSON file of a tokenizer.
-        test_fraction: the share of the text kept for testing, at its end, where there is no test split.
+        test_fraction: the share of the text kept for testing, at its end, where there is no test split; by default 0.1.
         max_train_samples, max_test_samples: keep the first so many windows.
+        preprocessing: that of an earlier run, whose tokens these are then too.
     Raises:
         InputError: one line about what cannot be used.
     """
     if not isinstance(context, int) or context < 2:
         raise InputError(f"context (--context) must be a whole number of at least 2, got {context!r}")
-    if not 0 < test_fraction < 1:
+    if test_fraction is not None and not 0 < test_fraction < 1:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
@@ -107,17 +112,20 @@ def load_text(
         column = str(text)
     whole = f"text {str(text)!r}"
     notes = []
+    refuse_fraction(test_fraction, test)
     if test is None:
+        test_fraction = test_fraction or TEST_FRACTION
         at = max(1, min(len(train) - 1, round(len(train) * (1 - test_fraction))))
         if isinstance(train, bytes) and tokenizer != BYTES:
             while at < len(train) and train[at] & 0xC0 == 0x80:  # not within a character
                 at += 1
         train, test = train[:at], train[at:]
         notes.append(f"split: the last {test_fraction:.0%} of the text kept for testing")
-    fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
-    preprocessing = Preprocessing(
-        TEXT, (context,), Target(LANGUAGE_MODELING, names=fitted.names), tokenizer=fitted, text=column, notes=tuple(notes)
-    )
+    if preprocessing is None:
+        fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
+        target = Target(LANGUAGE_MODELING, names=fitted.names)
+        preprocessing = Preprocessing(TEXT, (context,), target, tokenizer=fitted, text=column, notes=tuple(notes))
+    fitted = preprocessing.tokenizer
     parts = []
     for part, content, most in (("training", train, max_train_samples), ("test", test, max_test_samples)):
         ids = fitted.encode(content, f"the {part} part of {whole}")
@@ -132,12 +140,9 @@ def load_text(
 def read_file(path: str | Path) -> bytes:
     """A text file's bytes. Raises InputError where it is not there or empty."""
     path = Path(path).expanduser()
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
-        raise InputError(f"text {str(path)!r} is a folder; give a file, or a column of --dataset") from None
-    except OSError as error:
-        raise InputError(f"text {str(path)!r} cannot be read: {error.strerror or one_line(error)}") from None
+    if path.is_dir():
+        raise InputError(f"text {str(path)!r} is a folder; give a file, or a column of --dataset")
+    content = read_bytes(path.resolve(), available_memory() // BYTES_OF_A_CHARACTER)
     if not content:
         raise InputError(f"text {str(path)!r} is empty")
     return content

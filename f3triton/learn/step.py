@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -32,12 +33,16 @@ class Output(NamedTuple):
     sample_hits: Tensor | None = None
 
 
+Augment = Callable[[Tensor, int], Tensor]  # of a batch `[batch, ...]` at the visit of that number
+
+
 class Learner(Protocol):
     """A way to learn from visits, with the loss of that name."""
 
     loss: str
     signal: Signal | None  # None: the error goes backward
     store: ErrorStore | None  # where the signal is delayed
+    augment: Augment | None  # how inputs are seen at a visit
 
     def visit(self, visit: Visit, lr: float) -> Output:
         """Learn from a batch of samples."""
@@ -67,6 +72,8 @@ class F3Learner:
     those that learn from other rows of the same batches. Raises ValueError for a delayed signal without a store: it would
     learn from targets only.
     """
+
+    augment: Augment | None = None
 
     def __init__(
         self,
@@ -113,6 +120,7 @@ class F3Learner:
         """`(x [batch, ...], target [M, C], row [M, R], split)`: what a visit begins with. `split`: x and row are one
         replica's."""
         x, target = batch(self.data, visit.index, self.dtype, self.device)
+        x = x if self.augment is None else self.augment(x, visit.number)
         row = self.signal.before(visit, target, self.store)  # None: not known yet
         split = self.replicas is not None and self.replicas.divide(len(x))
         if split:
@@ -193,8 +201,9 @@ class F3Learner:
 
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`: where all stages are Linear, and data and errors are on the device."""
-        linear = all(isinstance(stage, Linear) for stage in self.model.stages) and self.replicas is None
-        if linear and self.data.device == self.device and (self.store is None or self.store.on_device):
+        linear = all(isinstance(stage, Linear) for stage in self.model.stages)
+        plain = linear and self.replicas is None and self.augment is None
+        if plain and self.data.device == self.device and (self.store is None or self.store.on_device):
             self.graphs = {
                 teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
             }

@@ -149,6 +149,12 @@ class Step:
             return dx
         return operation(layer.weight, layer.bias, delta, x, *states, self.update)
 
+    def read(self, layer: Layer, h: Tensor, target: Tensor, loss: str, norm: bool) -> Tensor:
+        """The gradient at `h [rows, N]` of a head's reading of it, and the head's update; see `reference.head_step_`."""
+        states = self._weight(layer.weight), self._state(layer.bias)
+        h = h if self.compute_dtype is None else h.to(self.compute_dtype)
+        return self.ops.head_step_(h, layer.weight, layer.bias, target, loss, *states, self.update, norm)
+
     def _teach_together(self, layer: Layer, delta: Tensor, x: Tensor, states: tuple[State, State | None]) -> None:
         """Update from the rows of all replicas, by their factors or by the sum of their gradients."""
         if self.replicas.by_factors(layer.weight.shape, len(x)):

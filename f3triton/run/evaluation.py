@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..base.device import pick_device
 from ..base.exceptions import InputError
-from ..base.precision import matmul_precision, resolve_precision
+from ..base.precision import matmul_precision
+from ..data.identity import digest
 from .console import shown
 from .folder import read_json
-from .options import from_json
+from .options import from_json, make_settings
 from .parts import load_data
 from .predictor import load
 from .records import test_record
@@ -18,7 +18,8 @@ from .tally import evaluate
 
 
 def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
-    """Repeat the last evaluation of the run `--evaluate`: its own data, model, device and batch size; a line a figure.
+    """Repeat the last evaluation of the run `--evaluate`: its own data, preprocessing, model, device and batch size; a line a
+    figure.
 
     Raises InputError for options that do not go with it, or a folder that holds no finished run.
     """
@@ -28,17 +29,19 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
         raise InputError(f"--evaluate takes the run's own settings ({allowed}), got {refused[0]}")
     path = Path(options.evaluate).expanduser()
     config, summary = read_json(path, "config.json"), read_json(path, "summary.json")
+    stored = from_json(config.get("options"))
+    stored.device = options.device if "--device" in typed else stored.device
+    settings = make_settings(stored)
     place = None if options.exit is None else int(options.exit) if options.exit.isdecimal() else options.exit
     predictor = load(path, exit=place)
-    stored = from_json(config.get("options"))
-    device = pick_device(options.device if "--device" in typed else stored.device)
-    _, test_set = load_data(stored)
+    _, test_set = load_data(stored, predictor.preprocessing)
+    device, dtype = settings.resolved_device, settings.types.products
+    same = summary.get("test_data", digest(test_set)) == digest(test_set)  # once, it was not noted
     network = predictor.network.to(device)
-    compute_dtype = resolve_precision(stored.precision, device, stored.method).products
-    with matmul_precision(stored.precision):
-        figures = evaluate(network, test_set.to(device), predictor.loss, stored.eval_batch_size, device, compute_dtype)
+    with matmul_precision(settings.precision):
+        figures = evaluate(network, test_set.to(device), predictor.loss, settings.eval_batch_size, device, dtype)
     found = test_record(test_set, figures)
-    lines = []
+    lines = [] if same else ["the test data are not those of the run: other rows, or other values"]
     for name in shown(found):
         if options.exit is not None:
             lines.append(
@@ -46,6 +49,6 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
             )
             continue
         before = summary.get(name)
-        note = "exactly as stored by the run" if found[name] == before else f"stored by the run: {before}"
+        note = "exactly as stored by the run" if found[name] == before and same else f"stored by the run: {before}"
         lines.append(f"{name.replace('_', ' ')} {found[name]} ({note})")
     return lines

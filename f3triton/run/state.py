@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..base.exceptions import InputError
+from ..base.schema import check
 from ..base.seeds import one_at_a_time
+from ..base.text import short
 from ..distributed.ring import Alone
 from ..error_store import ErrorStore
 from ..learn.step import Learner
 from ..visits.streams import StreamWindows
 from . import checkpoint
-from .checkpoint import Checkpoints, Snapshot, differences
+from .checkpoint import STATE_HOLDS, Checkpoints, Snapshot, differences
 from .result import FitResult
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what JSON can hold
@@ -157,9 +159,12 @@ class Keeper:
         store: ErrorStore | None,
         checkpoints: Checkpoints | None,
         flow: Alone,
+        steps_per_epoch: int | None = None,
     ) -> None:
+        """`steps_per_epoch`: None where it is not known."""
         self.flow = flow
         self.parts, self.settings, self.result, self.store, self.checkpoints = parts, settings, result, store, checkpoints
+        self.steps_per_epoch = steps_per_epoch
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
         self.pressed, self.pressed_at = 0, -AGAIN  # times that somebody asked to stop
 
@@ -212,6 +217,7 @@ class Keeper:
             state |= numbers
         steps = self.result.steps
         checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), steps, self.checkpoints.keep)
+        self.checkpoints.on_write()
         if self.store is not None:
             there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}
             self.needs = {number: epoch for number, epoch in self.needs.items() if number in there} | {steps: self.store.epoch}
@@ -228,6 +234,10 @@ class Keeper:
         Raises InputError where it is one of another run, and says in what it differs.
         """
         require_same(snapshot, self.settings)
+        state, each = snapshot.state, self.steps_per_epoch
+        done = state["epoch"] * (each or 0) + state.get("tally", {}).get("batches", 0)
+        if each is not None and state["steps"] != done:
+            raise InputError(f"the checkpoint's state: steps are {state['steps']:,}, and its epochs and batches make {done:,}")
         restore(self.parts, snapshot)
         with complete():
             self._tidy(snapshot.state["steps"], snapshot.state.get("store_epoch", 0))
@@ -255,10 +265,11 @@ def complete() -> Iterator[None]:
     """Turn what comes of a checkpoint that lacks something into an InputError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the checkpoint lacks a part of the run: {type(error).__name__} {error}") from None
+        reason = short(f"{type(error).__name__} {error}", 200)[1:-1]
+        raise InputError(f"the checkpoint lacks a part of the run: {reason}") from None
 
 
 def restore(parts: dict[str, Part], snapshot: Snapshot) -> None:
@@ -273,46 +284,10 @@ def restore(parts: dict[str, Part], snapshot: Snapshot) -> None:
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
     """Raise InputError where a checkpoint is one of a run with other `settings_of`, and say in what it differs."""
-    check_state(snapshot.state)
+    check(STATE_HOLDS, snapshot.state, "the checkpoint's state")
     then = dict(snapshot.state["settings"])
     if len(then.get("feedback", ())) == 1:  # once, a law that all stages have was written once
         then["feedback"] = then["feedback"] * len(settings["feedback"])
     other = differences(then, settings)
     if other:
         raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")
-
-
-def check_state(state: dict[str, object]) -> None:
-    """Raise InputError where `state.json` does not hold what `save` writes."""
-
-    def whole(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-    def wholes(value: object) -> bool:
-        return isinstance(value, list) and all(map(whole, value))
-
-    fits = {
-        "settings": lambda value: isinstance(value, dict),
-        "epoch": whole,
-        "steps": whole,
-        "epochs_done": whole,
-        "history": lambda value: isinstance(value, list) and all(isinstance(r, dict) and whole(r.get("step")) for r in value),
-        "learning_seconds": lambda value: isinstance(value, int | float),
-    }
-    numbers = {"sizes": wholes, "waiting": wholes, "samples": whole, "hits": whole, "batches": whole}
-    wrong = [name for name, fit in fits.items() if not fit(state.get(name))]
-    tally, store_epoch = state.get("tally", {}), state.get("store_epoch", 0)
-    if not isinstance(tally, dict) or (tally and not all(fit(tally.get(name)) for name, fit in numbers.items())):
-        wrong.append("tally")
-    if not whole(store_epoch):
-        wrong.append("store_epoch")
-    stream = state.get("stream")
-    if stream is not None and not (
-        isinstance(stream, dict)
-        and whole(stream.get("pass"))
-        and whole(stream.get("block"))
-        and isinstance(stream.get("reader"), dict)
-    ):
-        wrong.append("stream")
-    if wrong:
-        raise InputError(f"the checkpoint's state.json is not that of a run: {wrong[0]!r} is missing, or not what it has to be")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
 from ..data import Dataset
+from ..data.identity import digest
 from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .folder import RunFolder
@@ -37,6 +39,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         "task": train.task,
         "train_samples": len(train),
         "test_samples": len(test),
+        "test_data": digest(test),
         "epochs": result.epochs,
         "steps": result.steps,
         "train_loss": last.get("train_loss"),
@@ -75,16 +78,18 @@ def exits_of(trainer: Trainer, test: Dataset, figure: str) -> dict[str, float] |
 
 
 def write_summary(
-    folder: RunFolder, trainer: Trainer, data: tuple[Dataset, Dataset], seconds: float, other: Trainer | None = None
+    folder: RunFolder, trainer: Trainer, data: tuple[Dataset, Dataset], seconds: float, others: Sequence[Trainer] = ()
 ) -> dict:
-    """Write `summary.json` and `curves.png`, with the run of an `other` trainer beside it; returns the summary."""
+    """Write `summary.json` and `curves.png`, with the runs of `others` beside it; returns the summary."""
     summary = summarise(trainer, *data, trainer.result, seconds)
     runs = {trainer.method: trainer.result.history}
-    if other is not None:
-        runs["bp"] = other.result.history
+    for other in others:
+        runs[other.method] = other.result.history
         against = summarise(other, *data, other.result, other.result.learning_seconds)
         wanted = ("method", *shown(against), "steps_per_second")
-        summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
+        found = {key: against[key] for key in wanted if not key.startswith("train")}
+        summary.setdefault("comparison", []).append(found)
+    folder.mend(None if trainer.result.status == "diverged" else trainer.model)
     folder.write_json("summary.json", summary)
     figure, label = _figure_of(data[0])
     curves = {

@@ -16,6 +16,7 @@ from ..base.exceptions import InputError
 from ..base.precision import autocast, matmul_precision, working_dtype
 from ..base.seeds import derived_seed
 from ..data import Dataset, StreamDataset
+from ..data.augment import Augmentation
 from ..data.identity import identity
 from ..distributed.mesh import agree, join
 from ..distributed.ring import Alone
@@ -25,6 +26,7 @@ from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.local import Local
+from ..learn.narrow import Narrow
 from ..learn.peers import make_learner, require_linear
 from ..learn.signal import Signal, resolve_loss
 from ..learn.step import Learner, Output
@@ -39,6 +41,7 @@ from ..visits.streams import StreamOrder, StreamWindows, check_stream
 from ..visits.windows import WindowOrder, check_epochs, steps_per_epoch
 from .checkpoint import Checkpoints, Snapshot
 from .identity import settings_of
+from .lock import FolderLock
 from .records import Record, test_record, train_record
 from .result import FitResult
 from .schedule import make_schedule
@@ -60,6 +63,7 @@ class Plan:
     loss: str
     signal: Signal | None
     errors: tuple[str, int, Codec] | None
+    augment: Augmentation | None
     steps_per_epoch: int
     lr_at: Callable[[int], float]  # by steps, counted from 1
     split: list[int] | None = None  # how many stages each worker of a pipeline has
@@ -158,7 +162,7 @@ class Trainer:
                 for epoch in range(result.epochs, epochs):
                     figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
-                        for visit in self._visits(order, epoch, behind, plan):
+                        for visit in self._visits(order, epoch, behind, plan, steps):
                             steps += 1
                             flow.visit(visit, plan.lr_at(steps), partial(done, len(visit.index)))
                             keeper.after_step(steps)
@@ -195,6 +199,8 @@ class Trainer:
     ) -> tuple[Alone, Order, Keeper, Tally]:
         """Make the learner and everything around it, as at the start of the run or where `resume` left it."""
         train, device = plan.train, self.device
+        if checkpoints is not None:
+            cleanup.callback(FolderLock(checkpoints.folder).release)
         if self.windows is not None and batches is not None:
             raise InputError("batches of your own and windows cannot go together; leave one out")
         self.model.train()
@@ -227,7 +233,8 @@ class Trainer:
         parts |= {} if store is None else {"errors": Errors(store)}
         parts |= {} if stream is None else {"stream": Stream(stream)}
         parts |= {"tally": tally, "random": Generators(device)}
-        keeper = Keeper(parts, settings, self.result, store, checkpoints, flow)
+        known = order.steps_per_epoch if batches is None else None
+        keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known)
         cleanup.enter_context(keeper.interrupts_between_steps())
         cleanup.push(leave)
         if resume is not None:
@@ -246,21 +253,26 @@ class Trainer:
         """What learns at a worker: a part of the network where there are several, else all of it."""
         local = None
         if plan.signal is not None and plan.signal.local:
-            local = Local(plan.loss, self.model, self.settings.reach)
+            own = self.settings
+            narrow = Narrow(own.local_positions, own.local_candidates, self.seed)
+            local = Local(plan.loss, self.model, own.reach, narrow)
         part = None if self.seat.workers == 1 else parts_of(plan.split)[worker]
         how = self.arithmetic()
         scale = self.hidden_scale
-        return make_learner(
+        learner = make_learner(
             self.method, self.model, data, plan.loss, how, plan.signal, scale, store, local, part, self.replicas
         )
+        learner.augment = plan.augment
+        return learner
 
     def arithmetic(self) -> Arithmetic:
         """How its updates are computed."""
         return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed)
 
-    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan) -> Iterable[Visit]:
-        """An epoch's visits after the first `skip`; the error store may look ahead at them."""
+    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int) -> Iterable[Visit]:
+        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead."""
         visits, store = order.visits(epoch, skip), self.learner.store
+        visits = (visit._replace(number=number) for number, visit in enumerate(visits, steps))
         plans = store is not None and store.reads_ahead and self.seat.workers == 1
         return visits if not plans else planned(visits, store.plan, plan.train.device)
 
@@ -305,6 +317,8 @@ class Trainer:
                 f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
                 "sigmoid (bce) or softmax (cross-entropy)"
             )
+        kind = self.settings.augment
+        augment = None if kind == "none" else Augmentation(kind, train.shape, self.seed)
         example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
         with autocast(self.device, self.compute_dtype):
             seed = self.seed if signal is not None and signal.through_feedback else None
@@ -312,7 +326,8 @@ class Trainer:
         self.choice = self.settings.choose(work_of(self.model, self.batch_size * train.positions))
         if signal is not None and signal.local:
             add_readings(self.model, self.settings, train.outputs, train.positions)
-        plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), epoch_steps, lr_at)
+            check_narrow(self.model, self.settings, loss, train.outputs, train.positions)
+        plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
         self._plan = replace(plan, split=arrange(self, plan))
         return self._plan
 
@@ -436,6 +451,22 @@ def add_readings(model: Sequential, settings: Settings, outputs: int, positions:
         return
     law = next(stage.feedback_law for stage in hidden) if settings.local_feedback == "random" else None
     model.add_heads([list(stage.output_shape) for stage in hidden], outputs, positions, depth, law, settings.seed)
+
+
+def check_narrow(model: Sequential, settings: Settings, loss: str, outputs: int, positions: int) -> None:
+    """Raise InputError where readings cannot look at a part of the positions or classes only."""
+    share, candidates = settings.local_positions, settings.local_candidates
+    if share < 1 and positions == 1:
+        raise InputError(f"local positions {share:g} needs a model that predicts something at each token; leave it out")
+    if share < 1 and model.heads is not None and settings.local_head_depth:
+        raise InputError(f"local positions {share:g} does not go with own heads behind stages; use local head 'shared'")
+    if candidates is None:
+        return
+    if loss != "cross-entropy" or not model.reading or candidates >= outputs:
+        raise InputError(
+            f"local candidates {candidates} needs shared heads, the loss cross-entropy, and more classes than that; got "
+            f"{'shared' if model.reading else 'own'} heads, {loss}, {outputs} classes"
+        )
 
 
 def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype, rank: int | None = None, seed: int = 0) -> Codec:
