@@ -9,9 +9,10 @@ processes and as threads, two threads inside the products. Backpropagation: one 
 DistributedDataParallel, and torch's own pipeline schedules 1F1B and ZBV, which divide a batch into microbatches. All learn by
 Adam.
 
-`idle` is the part of the wall clock in which a worker did not use its core: it waited for another worker, or for the machine,
-which had other work (the load is noted). `memory` is the most that a worker's process had, of which torch itself is a good
-part.
+`steps a CPU second of the busiest worker` is what the wall clock would show if nobody waited for anybody, on idle cores: other
+load changes it little. `idle` is the part of the wall clock in which a worker did not use its core: it waited for another
+worker, or for the machine, which had other work (the load is noted). `memory` is the most that a worker's process had, of
+which torch itself is a good part.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ RUNS: dict[str, tuple[int, int, str, str]] = {
     "backprop, two processes, 1F1B, 8 microbatches": (2, 1, "1f1b", "8"),
     "backprop, two processes, ZBV, 4 microbatches": (2, 1, "zbv", "4"),
 }
+CPU = "steps a CPU second of the busiest worker"
 ADAM = f3.Adam(lr=5e-4)
 
 
@@ -140,6 +142,7 @@ def child(options: argparse.Namespace) -> None:
     found = {
         "rank": int(os.environ.get("RANK", 0)),
         "steps_per_second": steps / timed.wall,
+        "steps_per_cpu_second": steps / (timed.cpu / cores),
         "idle": max(0.0, 1 - timed.cpu / timed.wall / cores),
         "memory": peak_memory_bytes(torch.device("cpu")),
     }
@@ -167,6 +170,7 @@ def rows_of(runs: dict[tuple[str, int], list[list[dict]]]) -> list[dict]:
         place = {"x_name": "batch", "part": f"batch {batch}"}
         rows += [
             row(name, batch, "steps/s", [workers[0]["steps_per_second"] for workers in rounds], **place),
+            row(name, batch, CPU, [min(w["steps_per_cpu_second"] for w in workers) for workers in rounds], **place),
             row(name, batch, "idle, %", [100 * sum(w["idle"] for w in workers) / len(workers) for workers in rounds], **place),
             row(name, batch, "memory of a worker, MiB", [max(w["memory"] for w in ws) / 2**20 for ws in rounds], **place),
         ]
@@ -211,7 +215,7 @@ def main() -> None:
 
         save(options.output or RESULTS / "pipeline-simulated.json", simulate_all(options.quick))
         return
-    options.batches, options.steps_of = [50, 256], [400, 100]
+    options.batches, options.steps_of = [50, 256], [300, 80]
     if options.quick:
         options.depth, options.width, options.rounds, options.batches, options.steps_of = 3, 32, 1, [8], [20]
     output = options.output or RESULTS / ("pipeline-quick.json" if options.quick else "pipeline.json")

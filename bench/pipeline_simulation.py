@@ -1,6 +1,6 @@
 """How busy workers are in a pipeline, by a simulation of its events: `python -m bench.pipeline --simulate`.
 
-Time is counted in units of one worker's forward product for a whole batch; F = B = W = 1 (forward, the gradient of the input, the
+Time is counted in forward products of one worker for a whole batch; F = B = W = 1 (forward, the gradient of the input, the
 gradient of the weight), whatever a schedule does with them. Of F3 a worker does F and W of a batch at once, 2 units and no B.
 A packet may start at a worker when the worker is free and the packet has come over a link, which takes `delay`; links hold four
 packets. Efficiency is the work of all workers over their time, from the first event to the last.
@@ -128,7 +128,7 @@ def simulate_all(quick: bool) -> dict:
             add("F3, drained every 100 batches", f3(workers, Durations(workers, slow, jitter), delay, 100))
             for kind in ("GPipe", "1F1B", "ZB1P"):
                 for times in (1, 4):
-                    if workers * workers * times > 1 << 20:
+                    if workers * workers * times > 1 << 18:
                         continue  # the events of more are too many
                     name = f"{kind}, {times} x workers microbatches" if times > 1 else f"{kind}, as many microbatches"
                     micro = workers * times

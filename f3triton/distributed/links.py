@@ -154,7 +154,7 @@ class GlooSender:
                     work.wait()
             self.clock.waited += time.perf_counter() - began
         except RuntimeError as error:
-            raise Gone(f"{self.name} is gone ({_short(error)})") from None
+            raise Gone(f"{self.name} is gone ({short(error)})") from None
 
 
 class GlooReceiver:
@@ -180,7 +180,7 @@ class GlooReceiver:
                 if packet.kind == "end":
                     return
         except (RuntimeError, ValueError) as error:
-            self.queue.put(Gone(f"{self.name} is gone ({_short(error)})"))
+            self.queue.put(Gone(f"{self.name} is gone ({short(error)})"))
 
     def get(self) -> Packet:
         """See `Receiver`."""
@@ -196,6 +196,6 @@ class GlooReceiver:
         return not self.queue.empty()
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """What gloo says of a lost connection, without where in its source."""
     return str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0].rstrip(".")

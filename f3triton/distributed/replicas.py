@@ -7,12 +7,16 @@ layer `[N, K]`, factors are `M (N + K)` numbers, gradients `2 N K`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..network.linear import Linear
 from ..network.sequential import Sequential
+from .links import Gone, short
 
 BY = ("auto", "factors", "gradients")
 
@@ -33,12 +37,14 @@ class DataParallel:
     def gather(self, own: Tensor) -> Tensor:
         mine = own.detach().cpu().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self.group)
+        with named():
+            dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self.group)
         return torch.cat(parts).to(own.device)
 
     def total(self, part: Tensor) -> Tensor:
         whole = part.detach().cpu().contiguous().clone()
-        dist.all_reduce(whole, group=self.group)
+        with named():
+            dist.all_reduce(whole, group=self.group)
         return whole.to(part.device)
 
     def average_gradients(self, model: nn.Module) -> nn.Module:
@@ -60,6 +66,15 @@ class DataParallel:
             f"data parallel {self.count}: {factors} weights by factors, {len(weights) - factors + others} parameters by "
             f"gradients; {'the bits of one worker' if exact else 'the numbers of one worker to rounding'}"
         )
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """Turn gloo's words for a lost connection into Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Gone(f"another replica is gone ({short(error)})") from None
 
 
 @torch.no_grad()
