@@ -14,7 +14,7 @@ import torch
 
 import f3triton as f3
 from f3triton.data.targets import LANGUAGE_MODELING
-from f3triton.run.console import Console
+from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
@@ -29,16 +29,15 @@ from f3triton.run.tally import Diverged
 from f3triton.visits.windows import check_epochs
 
 
-def train(options: argparse.Namespace, compare: bool) -> None:
+def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     began = time.perf_counter()
-    say = (lambda line: None) if options.quiet else (lambda line: print(line, flush=True))
+    say = (lambda line: None) if options.quiet else tell
 
     # What needs no data is checked before any is read.
     settings = make_settings(options)
     peer = by_backpropagation(settings, options.streaming) if compare else None
     make_feedback(options)
     check_epochs(options.epochs, settings.windows)
-    start = Start(options)
 
     data = train_set, test_set = load_data(options)
     say(f"{train_set.name}: {len(train_set):,} training and {len(test_set):,} test samples")
@@ -62,41 +61,47 @@ def train(options: argparse.Namespace, compare: bool) -> None:
     if store is not None:
         say(store_line(*store))
 
-    # Nothing was written so far.
-    start.make_way(trainer, train_set)
+    diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
+
+    folder = start.open(trainer, train_set)  # nothing was written so far
     if start.snapshot is not None:
         say(f"going on after step {start.snapshot.state['steps']:,}, in epoch {start.snapshot.state['epoch'] + 1}")
-    folder, checkpoints = start.open(trainer, train_set)
-    diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
 
     def keep(record: Record) -> None:
         console.record(record)
         if diagnostics is not None:
             diagnostics(record)
-        folder.append_metrics(record)
-        folder.save_model(trainer.model, heads=not options.drop_heads)
+        folder.keep(record, trainer.model)
 
     fitted = {"epochs": options.epochs, "test": test_set, "eval_every": options.eval_every}
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
             result = trainer.fit(
-                train_set, **fitted, on_record=keep, on_step=console.step, checkpoints=checkpoints, resume=start.snapshot
+                train_set, **fitted, on_record=keep, on_step=console.step, checkpoints=start.checkpoints, resume=start.snapshot
             )
     except Diverged as error:
         result = trainer.result
         result.status = "diverged"
+        if not folder.settled:
+            raise f3.InputError(f"{error}; the run in {folder.path} is as it was") from None
         write_summary(folder, trainer, data, time.perf_counter() - began)
         kept = f"of epoch {result.history[-1]['epoch']}" if result.history else "from before the first epoch"
         raise f3.InputError(f"{error}; the model {kept} is kept in {folder.path}") from None
+    if not folder.settled:  # Ctrl-C in the first step
+        raise KeyboardInterrupt
 
-    other = None
+    summary = write_summary(folder, trainer, data, time.perf_counter() - began)
     if peer is not None and result.status == "completed":
         say("the same network by backpropagation:")
         other = f3.Trainer(make_network(options, network), settings=peer)
-        with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
-            other.fit(train_set, **fitted, on_record=console.record, on_step=console.step)
-
-    summary = write_summary(folder, trainer, data, time.perf_counter() - began, other)
+        try:
+            with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
+                other.fit(train_set, **fitted, on_record=console.record, on_step=console.step)
+            result.status = other.result.status
+            if result.status == "completed":
+                summary = write_summary(folder, trainer, data, time.perf_counter() - began, other)
+        except Diverged as error:
+            say(f"no comparison: {error}")
     if diagnostics is not None:
         diagnostics.save(folder.path)
         for line in summary_lines(diagnostics):
@@ -118,13 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.evaluate is not None:
             for line in evaluate_run(options, typed):
                 if not options.quiet:
-                    print(line)
+                    tell(line)
         elif options.sample is not None:
-            print(sample_run(options, typed))
+            tell(sample_run(options, typed))
         else:
             refuse_what_has_no_effect(options, typed)
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}
-            train(options, plain if options.compare is None else options.compare)
+            with Start(options) as start:
+                train(options, plain if options.compare is None else options.compare, start)
     except f3.InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """Where data comes from: files, folders, saved data sets, the hub; and one clear line for all that can be wrong."""
 
 import logging
+import os
 import time
 
 import datasets
@@ -209,3 +210,20 @@ def test_noise_is_kept_down_and_settings_restored(tmp_path, capfd):
     fails("bad.csv")
     assert capfd.readouterr() == ("", "")
     assert before == (logger.level, list(logger.handlers), logger.propagate, datasets.are_progress_bars_disabled())
+
+
+@pytest.mark.parametrize("name", ["data/train.csv", "data"])
+def test_content_decides_and_not_the_time(tmp_path, name):
+    """A file that was changed and has its size and time of before is another file; the same content is taken from the cache."""
+    path = tmp_path / "data" / "train.csv"
+    path.parent.mkdir()
+    rows = [f"{i % 5},{i % 2}" for i in range(20)]
+    path.write_text("\n".join(["x,label", *rows]) + "\n")
+    before = path.stat()
+    first = load_dataset(name, test_fraction=0.5)[0].targets
+    assert (load_dataset(name, test_fraction=0.5)[0].targets == first).all()
+    assert len(list((tmp_path / "hf").glob("*/*/*/*/*.arrow"))) == 1
+    path.write_text("\n".join(["x,label", *(f"{i % 5},{(i + 1) % 2}" for i in range(20))]) + "\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert (load_dataset(name, test_fraction=0.5)[0].targets == 1 - first).all()

@@ -1,6 +1,7 @@
 """Tables: numbers, booleans, words, vectors; missing and unseen values; targets of every kind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import torch
 
 from f3triton.base.exceptions import InputError
 from f3triton.data import Preprocessing, load_dataset
+from f3triton.data.columns import Table
 
 WINE = Path(__file__).parents[2] / "shared" / "data" / "wine-quality"
 
@@ -388,3 +390,34 @@ class TestEncode:
         out = train.preprocessing.unstandardise(train.targets.double())
         np.testing.assert_allclose(out, [[1, 10], [2, 0], [6, 5]], rtol=1e-6, atol=1e-6)
         assert train.preprocessing.target_names == ("a", "b")
+
+
+def test_the_work_grows_with_the_columns_and_not_with_their_square(monkeypatch):
+    """The names of a table are asked for once, however many columns are looked up."""
+    columns = {f"c{i}": [float(i % 3 + j) for j in range(4)] for i in range(300)}
+    asked = []
+
+    class Counted:
+        def __init__(self, table):
+            self.table = table
+
+        @property
+        def column_names(self):
+            asked.append(1)
+            return self.table.column_names
+
+        def __getattr__(self, name):
+            return getattr(self.table, name)
+
+    from_dataset = Table.from_dataset
+    monkeypatch.setattr(Table, "from_dataset", lambda *a: replace(t := from_dataset(*a), table=Counted(t.table)))
+    train, _ = load_dataset(pair({**columns, "y": ["no", "yes"] * 2}))
+    assert train.in_features == 300
+    assert len(asked) < 20
+
+    class Row(dict):
+        def __iter__(self):
+            raise AssertionError("all keys of a row were gone through")
+
+    rows = [Row(dict.fromkeys(columns, 1.0)) for _ in range(3)]
+    assert train.preprocessing.encode(rows).shape == (3, 300)

@@ -1,7 +1,7 @@
 """Fuzzers of the command line, of data files, and of run folders and stores: a good run, or one line and exit code 2.
 
-Every case is a function of its kind and number, and runs in a process of its own, with bounded memory and time (see `sandbox`). A
-few of them run always, the others with `-m slow`. `F3TRITON_FUZZ=3` draws other cases than those of seed 0.
+Every case is a function of its kind and number, and runs in a process of its own, with bounded memory and time (see `sandbox`).
+A few of them run always, the others with `-m slow`. `F3TRITON_FUZZ=3` draws other cases than those of seed 0.
 """
 
 from __future__ import annotations
@@ -84,16 +84,12 @@ def hunt(cases: Callable[[random.Random, Path], Case], numbers: range, folder: P
     for number in numbers:
         place = folder / str(number)
         place.mkdir()
-        with contextlib.chdir(place) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-            shown, call = cases(random.Random(f"{cases.__name__} {SEED} {number}"), place)
-
-            def run(call: Callable[[], int] = call, place: Path = place) -> int:
-                os.chdir(place)
-                return call()
-
-            found = attempt(run, seconds=SECONDS)
+        os.chdir(place)
+        shown, call = cases(random.Random(f"{cases.__name__} {SEED} {number}"), place)
+        found = attempt(call, seconds=SECONDS)
         if found.wrong:
             wrong.append(f"case {number}: {shown}\n{found}")
+        os.chdir(folder)
         shutil.rmtree(place)
     assert not wrong, f"{len(wrong)} of {len(numbers)}\n" + "\n\n".join(wrong)
 
@@ -227,7 +223,7 @@ def command_line(draw: random.Random, place: Path, runs: Path) -> Case:
     else:
         line = [*FEW, *["--hidden", 4] * (not base), *base, "--output-dir", "fresh", *["--quiet"] * draw.randint(0, 1), *typed]
         if "--model" in typed or "--text" in typed:
-            line = [word for word in [*FEW, "--output-dir", "fresh", *typed]]
+            line = [*FEW, "--output-dir", "fresh", *typed]
     return line, lambda: train(line)
 
 
@@ -465,7 +461,9 @@ FIRST = {"line": 12, "data": 12, "run": 60}
 
 
 @pytest.fixture
-def bound(runs: Path) -> dict[str, Callable[[random.Random, Path], Case]]:
+def bound(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Callable[[random.Random, Path], Case]]:
+    monkeypatch.chdir(tmp_path)  # and back at the end
+
     def line(draw: random.Random, place: Path) -> Case:
         return command_line(draw, place, runs)
 

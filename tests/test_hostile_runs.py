@@ -190,7 +190,7 @@ def test_sealed_states_that_are_none(change: dict, sound: Path, tmp_path: Path) 
 def test_schemas_of_networks_are_those_of_their_classes() -> None:
     for kind, schema in NETWORK.of.items():
         settings = {*schema.needed, *schema.may} - {"model", "reading", "exits"}
-        assert settings | {"feedback"} == set(inspect.signature(MODELS[kind]).parameters)
+        assert settings | {"feedback", "seed"} == set(inspect.signature(MODELS[kind]).parameters)
 
 
 # --- the schemas themselves -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -265,6 +265,37 @@ def test_a_sorted_stream_is_warned_of(tmp_path: Path) -> None:
             warned = [note for note in data.preprocessing.describe() if "WARNING" in note and "lack 1 of the 2 classes" in note]
             assert bool(warned) == (order == "ascending" and buffer == 50)
             assert data.preprocessing is test.preprocessing
+
+
+def numbered(path: Path, targets: Sequence[object]) -> Path:
+    pq.write_table(pa.table({"a": np.random.default_rng(0).normal(size=len(targets)), "y": list(targets)}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_runs_of_labels_are_warned_of_wherever_the_rows_fit(kind: str, tmp_path: Path) -> None:
+    labels = [f"c{i // 200}" if kind == "classes" else i / 7 for i in range(1000)]
+    mixed = np.random.default_rng(0).permutation(labels).tolist()
+    for name, targets in (("runs", labels), ("mixed", mixed)):
+        path = numbered(tmp_path / f"{name}.parquet", targets)
+        for settings in ({}, {"max_train_samples": 300}, {"shuffle_buffer": 250}):
+            notes = f3.stream_dataset(path, **settings)[0].preprocessing.describe()
+            assert any("WARNING" in note and "as if they were sorted" in note for note in notes) == (name == "runs")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_test_samples": 20}, "the 20 test rows are all of the class 'c0'"),
+        ({"max_train_samples": 100}, "the 100 training rows are all of the class 'c0'"),
+        ({"statistics_rows": 100}, "holds one class only (c0); training needs two or more; shuffle the files, or raise"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_rows_of_one_class_are_refused(settings: dict, told: str, tmp_path: Path) -> None:
+    with pytest.raises(f3.InputError) as caught:
+        f3.stream_dataset(numbered(tmp_path / "sorted.parquet", [f"c{i // 200}" for i in range(1000)]), **settings)
+    assert told in str(caught.value)
 
 
 def test_a_stream_has_an_identity(tmp_path: Path) -> None:

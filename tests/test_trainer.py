@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,6 +59,38 @@ def test_same_seed_same_result(method: str) -> None:
 
     assert without_time(one) == without_time(same)
     assert not torch.equal(weights(one.model), weights(other.model))
+
+
+MODELS = [
+    lambda **own: f3.models.MLP([64, 5, 10], **own),
+    lambda **own: f3.models.ConvNet((1, 8, 8), 10, hidden=[5], **own),
+    lambda **own: f3.models.ViT(8, 1, 10, patch_size=4, depth=1, heads=2, dim=8, mlp_width=8, **own),
+    lambda **own: f3.models.GPT(7, 8, depth=1, heads=2, dim=8, **own),
+]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=["mlp", "convnet", "vit", "gpt"])
+def test_a_model_of_a_seed_is_the_same_whatever_was_drawn_before(make: Callable[..., f3.Sequential]) -> None:
+    weights = [torch.cat([p.flatten() for p in make(seed=seed).parameters()]) for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    torch.manual_seed(1)  # those of train.py --seed 1
+    assert torch.equal(torch.cat([p.flatten() for p in make().parameters()]), weights[0])
+    before = torch.get_rng_state()
+    make(seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(f3.InputError, match="seed"):
+        make(seed="one")
+    assert "seed" not in make(seed=1).config()
+
+
+def test_a_run_in_python_can_be_repeated() -> None:
+    train, test = f3.load_dataset("digits")
+    losses = [
+        f3.Trainer(f3.models.MLP([64, 16, 10], seed=1), seed=1, device="cpu").fit(train, 1, test).history[-1]["test_loss"]
+        for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_the_first_epoch_of_f3_is_drtp_and_the_second_is_not() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,15 +29,28 @@ def sample_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, "order", epoch)))
 
 
-@contextmanager
-def drawing(device: torch.device, *parts: object) -> Iterator[None]:
+def first_weights(seed: int | None) -> AbstractContextManager[None]:
+    """A model's first weights are drawn from the seed inside; where it is None from torch's global generator, as torch's own
+    modules do. Raises InputError for anything else."""
+    if seed is None:
+        return nullcontext()
+    check_seed(seed)
+    return _seeded([torch.default_generator], seed)
+
+
+def drawing(device: torch.device, *parts: object) -> AbstractContextManager[None]:
     """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
-    else; outside they are as they were."""
+    else."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
+    return _seeded(generators, derived_seed(*parts))
+
+
+@contextmanager
+def _seeded(generators: list[torch.Generator], seed: int) -> Iterator[None]:
+    """The generators begin at `seed` inside; outside they are as they were."""
     before = [generator.get_state() for generator in generators]
-    seed = derived_seed(*parts)
     for generator in generators:
         generator.manual_seed(seed)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,13 @@ class Table:
             folders=folders,
         )
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return self.table.column_names
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
 
     def __len__(self) -> int:
         return self.table.num_rows if self.picked is None else len(self.picked)
@@ -58,7 +63,7 @@ class Table:
         return f"row {index if self.picked is None else self.picked[index]} of {self.where}"
 
     def require(self, name: str) -> None:
-        if name not in self.names:
+        if name not in self._known:
             raise InputError(f"no column {name!r} in {self.where}; columns: {listed(self.names)}")
 
     def type(self, name: str) -> Any:
@@ -123,8 +128,8 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Tabl
 def raw_column(raw: Any, name: str, where: str) -> list:
     """The values of one column of a list of dicts, a dict of columns or a `pandas.DataFrame`, as a list."""
     if isinstance(raw, (list, tuple)) and all(isinstance(row, Mapping) for row in raw):
-        known = list(dict.fromkeys(key for row in raw for key in row))
-        if raw and name not in known:
+        if raw and not any(name in row for row in raw):
+            known = dict.fromkeys(key for row in raw for key in row)
             raise InputError(f"no column {name!r} in {where}; columns: {listed(known)}")
         return [row.get(name) for row in raw]
     if not isinstance(raw, Mapping) and not hasattr(raw, "columns"):

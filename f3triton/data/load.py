@@ -41,6 +41,7 @@ def load_dataset(
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The training and the test set, on the CPU, with one `Preprocessing` fitted on the training rows.
 
@@ -61,8 +62,9 @@ def load_dataset(
             distinct values are classes, other numbers are regression.
         max_train_samples, max_test_samples: keep the first so many rows after a seeded shuffle, in their original order.
         seed: of the cut and of the subsets.
+        preprocessing: that of an earlier run (`f3.load(...).preprocessing`), by which these rows are prepared too.
     Raises:
-        InputError: one line about what cannot be used.
+        InputError: one line about what cannot be used; of a `preprocessing` where columns, types or classes are not its own.
     """
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
@@ -75,7 +77,7 @@ def load_dataset(
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
     test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
 
-    return encode(label, revision, every, train, test, notes, target, features, image, task)
+    return encode(label, revision, every, train, test, notes, target, features, image, task, preprocessing)
 
 
 def encode(
@@ -89,8 +91,10 @@ def encode(
     features: str | Sequence[str] | None,
     image: str | None,
     task: str,
+    given: Preprocessing | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`."""
+    """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`; or by the `given` one,
+    where what would be fitted differs from it in statistics only."""
     targets = choose_target(every, target)
     for column in targets:
         test.require(column)
@@ -102,6 +106,12 @@ def encode(
         preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out)
     else:
         preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
+    if given is not None:
+        given.require_like(preprocessing, label)
+        preprocessing = given
+        train_targets, test_targets = given.encode_targets(train), given.encode_targets(test)
+        if given.kind == TABLE:  # pixels have no statistics in them
+            train_inputs, test_inputs = given.encode(train), given.encode(test)
     return (
         Dataset(label, train_inputs, train_targets, preprocessing, revision, _split_name(train)),
         Dataset(label, test_inputs, test_targets, preprocessing, revision, _split_name(test)),

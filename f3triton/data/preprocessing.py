@@ -140,6 +140,31 @@ class Preprocessing:
             lines.append(f"target: {name}{self.target.outputs} number{'s' * (self.target.outputs > 1)}, {statistics}")
         return lines + list(self.notes)
 
+    def require_like(self, found: Preprocessing, name: str) -> None:
+        """Raise InputError where `found`, fitted on the rows of the data set `name`, differs in more than statistics."""
+        then, now = self._form(), found._form()
+        other = [f"{what} is new" for what in now if what not in then] + [f"{what} is gone" for what in then if what not in now]
+        other += [f"{k}: {_words(then[k])}; now: {_words(now[k])}" for k in then if k in now and then[k] != now[k]]
+        if other:
+            raise InputError(f"data set {name!r} is not as it was when the model was trained: {listed(other, 5)}")
+
+    def _form(self) -> dict[str, object]:
+        """Everything but statistics and notes: what it is, and of what."""
+        target = self.target
+        form = {
+            "the task": target.task,
+            "the target": target.columns,
+            "the kind of inputs": self.kind,
+            "the image": self.image,
+            "their shape": () if self.kind == TABLE else self.shape,
+            "the classes": target.classes,
+            "the number of outputs": target.outputs,
+        }
+        for column in self.columns:
+            own = column.categories or ((column.width,) if column.kind == VECTOR else ())
+            form[f"column {column.name!r}"] = (column.kind, *own)
+        return form
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, which `from_json` turns into an equal object."""
         content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k not in ("_vectors", *_OF_TEXT)}}
@@ -244,6 +269,10 @@ def _numbers(values: tuple[float, ...]) -> str:
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     """An object's lists as tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
+def _words(value: object) -> str:
+    return listed(value, 10) if isinstance(value, tuple) else str(value)
 
 
 def _as_lists(value: Any) -> Any:

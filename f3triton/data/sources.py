@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from .json_rows import check_json
 BUNDLED = ("digits",)
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 HUB_TIMEOUT_SECONDS = 10.0
+NOTE = "f3triton-content"  # in the library's cache: a hash of what was read
 
 
 def open_source(
@@ -115,7 +117,7 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             # A path is taken for a pattern, where brackets and stars have a meaning.
             check_json([path])
             files = glob.escape(str(path.resolve()))
-            return dict(datasets.load_dataset(reader, data_files=files, streaming=streaming, **options))
+            return _load(path, reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
@@ -123,7 +125,32 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
         if (path / "README.md").exists():
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
-        return dict(datasets.load_dataset(str(path.resolve()), name=config, streaming=streaming, **options))
+        return _load(path, str(path.resolve()), streaming, name=config, **options)
+
+
+def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str, Any]:
+    """What `datasets.load_dataset` reads from a local `path`.
+
+    Its cache takes a file for what it was while size and time are the same. Here names and content decide, noted there.
+    """
+    import datasets
+
+    if streaming:  # nothing is cached
+        return dict(datasets.load_dataset(source, streaming=True, **options))
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                digest.update(chunk)
+    cached = Path(datasets.load_dataset_builder(source, **options).cache_dir)
+    note = cached / NOTE
+    same = not cached.exists() or (note.exists() and note.read_text() == digest.hexdigest())
+    mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
+    splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
+    with contextlib.suppress(OSError):
+        note.write_text(digest.hexdigest())
+    return splits
 
 
 def _check_description(folder: Path, config: str | None) -> None:

@@ -248,6 +248,7 @@ def stream_dataset(
     shuffle_buffer: int = BUFFER,
     statistics_rows: int = STATISTICS,
     seed: int = 0,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[StreamDataset, Dataset]:
     """The training rows as a stream, and the test set in memory. What is not listed is as for `load_dataset`.
 
@@ -295,27 +296,51 @@ def stream_dataset(
         samples = _samples(source, max_train_samples, local=isinstance(name, (str, Path)) and _is_local(name))
     if samples > len(first):
         notes = [*notes, f"statistics: of the first {len(first):,} training rows, of {samples:,}"]
-    fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task)
-    if samples > shuffle_buffer:
-        notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, shuffle_buffer)]
-        fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))
+    try:
+        fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task, preprocessing)
+    except InputError as error:
+        if "one class only" not in str(error):
+            raise
+        raise InputError(f"{error}; shuffle the files, or raise statistics_rows (--statistics-rows)") from None
+    _refuse_one_class(fitted, test_set, samples)
+    notes = [*fitted.preprocessing.notes, *_sorted_note(fitted, test_set, min(shuffle_buffer, samples))]
+    fitted.preprocessing = test_set.preprocessing = replace(fitted.preprocessing, notes=tuple(notes))
     train = StreamDataset(source, samples, shuffle_buffer, fitted.inputs, fitted.targets, fitted.preprocessing, revision)
     return train, test_set
 
 
-def _sorted_note(train: Dataset, test: Dataset, buffer: int) -> list[str]:
-    """A warning where the first buffer has no sample of a class of which, going by the test set, it should have ten or more."""
+def _refuse_one_class(train: Dataset, test: Dataset, samples: int) -> None:
+    """Raise InputError where all rows to train on, or to test on, are of one class: in sorted rows the first ones are."""
     if train.task != CLASSIFICATION:
-        return []
-    seen = train.targets[:buffer]  # [rows]
-    there, expected = (torch.bincount(t, minlength=train.outputs) for t in (seen, test.targets))  # [C]
-    missing = int(((there == 0) & (expected / len(test) * len(seen) >= 10)).sum())
-    if not missing:
+        return
+    limits = {"training": "max_train_samples (--max-train-samples)", "test": "max_test_samples (--max-test-samples)"}
+    for (part, limit), ids in zip(limits.items(), (train.targets[:samples], test.targets), strict=True):
+        if len(ids.unique()) == 1:
+            raise InputError(
+                f"the {len(ids):,} {part} rows are all of the class {train.preprocessing.target_names[int(ids[0])]!r}, as if "
+                f"{train.name!r} were sorted; shuffle the files, or raise {limit}"
+            )
+
+
+def _sorted_note(train: Dataset, test: Dataset, buffer: int) -> list[str]:
+    """A warning where the first buffer has no sample of a class of which, going by the test set, it should have ten or more; or
+    where each row's target tells much of the next one's, as in rows that are sorted, or follow one another in time."""
+    seen, missing = train.targets[:buffer], 0  # [rows] or [rows, T]
+    if train.task == CLASSIFICATION:
+        there, expected = (torch.bincount(t, minlength=train.outputs) for t in (seen, test.targets))  # [C]
+        missing = int(((there == 0) & (expected / len(test) * len(seen) >= 10)).sum())
+        differ, by_chance = (seen[1:] != seen[:-1]).float().mean(), 1 - (there / len(seen)).square().sum()
+    else:
+        differ, by_chance = (seen[1:] - seen[:-1]).square().sum(1).mean(), 2 * seen.var(0, correction=0).sum()
+    if missing:
+        found = f"lack {missing} of the {train.outputs} classes"
+    elif len(seen) >= 20 and differ < by_chance / 2:
+        found = "come in runs, each with much the same target as the one before"
+    else:
         return []
     return [
-        f"WARNING: the first {len(seen):,} training rows lack {missing} of the {train.outputs} classes, as if the rows were "
-        "sorted; a stream in such an order teaches a network to forget. Shuffle the files, or raise shuffle_buffer "
-        "(--shuffle-buffer)"
+        f"WARNING: the first {len(seen):,} training rows {found}, as if they were sorted; a stream in such an order teaches "
+        "a network to forget. Shuffle the files, or raise shuffle_buffer (--shuffle-buffer)"
     ]
 
 

@@ -79,6 +79,7 @@ def load_text(
     test_fraction: float = TEST_FRACTION,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[TextDataset, TextDataset]:
     """The training and the test set of a language model, on the CPU.
 
@@ -89,6 +90,7 @@ def load_text(
         tokenizer: `characters` (those of the training text), `bytes`, or the JSON file of a tokenizer.
         test_fraction: the share of the text kept for testing, at its end, where there is no test split.
         max_train_samples, max_test_samples: keep the first so many windows.
+        preprocessing: that of an earlier run, whose tokens these are then too.
     Raises:
         InputError: one line about what cannot be used.
     """
@@ -117,10 +119,11 @@ def load_text(
                 at += 1
         train, test = train[:at], train[at:]
         notes.append(f"split: the last {test_fraction:.0%} of the text kept for testing")
-    fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
-    preprocessing = Preprocessing(
-        TEXT, (context,), Target(LANGUAGE_MODELING, names=fitted.names), tokenizer=fitted, text=column, notes=tuple(notes)
-    )
+    if preprocessing is None:
+        fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
+        target = Target(LANGUAGE_MODELING, names=fitted.names)
+        preprocessing = Preprocessing(TEXT, (context,), target, tokenizer=fitted, text=column, notes=tuple(notes))
+    fitted = preprocessing.tokenizer
     parts = []
     for part, content, most in (("training", train, max_train_samples), ("test", test, max_test_samples)):
         ids = fitted.encode(content, f"the {part} part of {whole}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.seeds import first_weights
 from ..kernels.reference import ACTIVATIONS
 from ..network.block import Block
 from ..network.feedback import Feedback
@@ -41,8 +42,8 @@ class ConvNet(Sequential):
     `image` is `(channels, height, width)`. `channels` are those of each convolution. The DRTP authors' networks are
     `channels=[32], kernel_size=5, hidden=[1000]` for MNIST and `channels=[64, 256], kernel_size=3, hidden=[1000, 1000]` for
     CIFAR-10. With `norm` batch there is a batch normalisation after each convolution, and a layer normalisation without scale
-    and shift after the activation of each `Linear` stage. Raises InputError for sizes below 1, an even kernel, or an image too
-    small for so many poolings.
+    and shift after the activation of each `Linear` stage. The first weights come from `seed`, or from torch's global generator.
+    Raises InputError for sizes below 1, an even kernel, or an image too small for so many poolings.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ConvNet(Sequential):
         feedback: str | Feedback = "trinomial",
         feedback_shape: str = "full",
         norm: str = "none",
+        seed: int | None = None,
     ) -> None:
         channels, hidden = list(channels), list(hidden)
         self.settings = {
@@ -71,24 +73,25 @@ class ConvNet(Sequential):
             raise InputError(f"kernel size of a ConvNet must be an odd whole number, got {kernel_size!r}")
         if min(image[1:]) < 2 ** len(channels):
             raise InputError(f"an image of {image[1]}x{image[2]} is too small for {len(channels)} poolings")
-        stages, shape = [], tuple(image)
         check_word("activation", activation, ACTIVATIONS)
         check_word("norm", norm, NORMS)
-        for number, count in enumerate(channels, 1):
-            last = number == len(channels)
-            stages.append(
-                Block(
-                    Convolution(shape, count, kernel_size, activation, norm, last),
-                    feedback,
-                    not_shared(feedback_shape) if last else feedback_shape,
+        with first_weights(seed):
+            stages, shape = [], tuple(image)
+            for number, count in enumerate(channels, 1):
+                last = number == len(channels)
+                stages.append(
+                    Block(
+                        Convolution(shape, count, kernel_size, activation, norm, last),
+                        feedback,
+                        not_shared(feedback_shape) if last else feedback_shape,
+                    )
                 )
-            )
-            shape = count, shape[1] // 2, shape[2] // 2
-        width, after = shape[0] * shape[1] * shape[2], "none" if norm == "none" else "layer"
-        for units in hidden:
-            stages.append(Linear(width, units, activation, feedback, feedback_shape=not_shared(feedback_shape), norm=after))
-            width = units
-        super().__init__(*stages, Linear(width, classes))
+                shape = count, shape[1] // 2, shape[2] // 2
+            width, after = shape[0] * shape[1] * shape[2], "none" if norm == "none" else "layer"
+            for units in hidden:
+                stages.append(Linear(width, units, activation, feedback, feedback_shape=not_shared(feedback_shape), norm=after))
+                width = units
+            super().__init__(*stages, Linear(width, classes))
 
     def config(self) -> dict[str, object]:
         """What `load` needs to build the same network again."""

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.seeds import first_weights
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.linear import Linear
@@ -15,7 +16,7 @@ from ..network.norm import LayerNorm
 from ..network.sequential import Sequential
 from ..network.stage import FEEDBACK_AT, Stage
 from ..network.updater import Step
-from .transformer import TransformerBlock, as_stage
+from .transformer import NOT_STORED, TransformerBlock, as_stage
 
 
 class TokenEmbedding(Stage):
@@ -99,7 +100,8 @@ class GPT(Sequential):
     `feedback_at`: see `Stage`. At the outputs themselves the residual stream grows without bounds, and little is learned.
     Token vectors begin with a length of about 1, and every block as the identity.
 
-    `mlp_width` is 4 `dim` by default. Raises InputError for sizes below 1, or heads that do not divide the dimension.
+    `mlp_width` is 4 `dim` by default. The first weights come from `seed`, or from torch's global generator. Raises InputError
+    for sizes below 1, or heads that do not divide the dimension.
     """
 
     def __init__(
@@ -118,28 +120,30 @@ class GPT(Sequential):
         feedback: str | Feedback = "trinomial",
         feedback_shape: str = "shared",
         feedback_at: str = "normalised",
+        seed: int | None = None,
     ) -> None:
-        self.settings = {key: value for key, value in locals().items() if key not in ("self", "__class__", "feedback")}
+        self.settings = {key: value for key, value in locals().items() if key not in NOT_STORED}
         for name, value in (("vocabulary", vocabulary), ("context", context), ("depth", depth), ("dim", dim)):
             if not isinstance(value, int) or value < 1 + (name in ("vocabulary", "context")):
                 least = "2" if name in ("vocabulary", "context") else "1"
                 raise InputError(f"{name} of a GPT must be a whole number of at least {least}, got {value!r}")
         self.context = context
-        blocks = [
-            TransformerBlock(
-                dim, heads, mlp_width or 4 * dim, head_dim, activation, "layer", dropout, True, feedback, feedback_shape
-            )
-            for _ in range(depth)
-        ]
-        for block in blocks:
-            for last in (block.attention.out, block.fall):
-                if isinstance(last, Linear):
-                    nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        head = Linear(dim, vocabulary, bias=False)
-        nn.init.normal_(head.weight, std=dim**-0.5 if tied else 0.02)
-        embedding = TokenEmbedding(vocabulary, context, dim, dropout, feedback, feedback_shape, head if tied else None)
-        stages = [as_stage(block, granularity, feedback, feedback_shape) for block in blocks]
-        super().__init__(embedding, *stages, Block(nn.Sequential(LayerNorm(dim), head)))
+        with first_weights(seed):
+            blocks = [
+                TransformerBlock(
+                    dim, heads, mlp_width or 4 * dim, head_dim, activation, "layer", dropout, True, feedback, feedback_shape
+                )
+                for _ in range(depth)
+            ]
+            for block in blocks:
+                for last in (block.attention.out, block.fall):
+                    if isinstance(last, Linear):
+                        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            head = Linear(dim, vocabulary, bias=False)
+            nn.init.normal_(head.weight, std=dim**-0.5 if tied else 0.02)
+            embedding = TokenEmbedding(vocabulary, context, dim, dropout, feedback, feedback_shape, head if tied else None)
+            stages = [as_stage(block, granularity, feedback, feedback_shape) for block in blocks]
+            super().__init__(embedding, *stages, Block(nn.Sequential(LayerNorm(dim), head)))
         check_word("feedback at", feedback_at, FEEDBACK_AT)
         for module in (module for stage in self.stages[:-1] for module in stage.modules()):
             if isinstance(module, Stage):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..base.exceptions import InputError
+from ..base.seeds import first_weights
 from ..network.feedback import Feedback
 from ..network.linear import Linear
 from ..network.sequential import Sequential
@@ -17,8 +18,8 @@ class MLP(Sequential):
 
     `feedback` is the law of every hidden stage's feedback matrix (a word or a `Feedback`), or a list with a law or a
     matrix `[outputs, hidden]` for each. `norm` and `residual` are those of `Linear` stages; a residual is added where sizes are
-    equal. The output is linear: its sigmoid or softmax belongs to the loss. Raises InputError for fewer than two sizes or sizes
-    below 1.
+    equal. The output is linear: its sigmoid or softmax belongs to the loss. The first weights come from `seed`, or from torch's
+    global generator. Raises InputError for fewer than two sizes or sizes below 1.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class MLP(Sequential):
         feedback_shape: str = "full",
         norm: str = "none",
         residual: bool = False,
+        seed: int | None = None,
     ) -> None:
         sizes = list(sizes)
         if len(sizes) < 2:
@@ -40,11 +42,12 @@ class MLP(Sequential):
         laws = [feedback] * hidden if isinstance(feedback, str | Feedback) else list(feedback)
         if len(laws) != hidden:
             raise InputError(f"an MLP of {hidden} hidden layers needs {hidden} feedback laws or matrices, got {len(laws)}")
-        stages = [
-            Linear(i, o, activation, law, bias, feedback_shape, norm, residual and i == o)
-            for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)
-        ]
-        super().__init__(*stages, Linear(sizes[-2], sizes[-1], bias=bias))
+        with first_weights(seed):
+            stages = [
+                Linear(i, o, activation, law, bias, feedback_shape, norm, residual and i == o)
+                for i, o, law in zip(sizes, sizes[1:-1], laws, strict=False)
+            ]
+            super().__init__(*stages, Linear(sizes[-2], sizes[-1], bias=bias))
         self.sizes, self.activation = sizes, self.stages[0].activation if hidden else activation
         self.bias, self.feedback_shape, self.norm, self.residual = bias, feedback_shape, norm, residual
 

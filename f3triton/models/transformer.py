@@ -16,6 +16,7 @@ from ..network.norm import LayerNorm, RMSNorm
 from ..network.stage import Stage
 
 GRANULARITIES = ("block", "layer")
+NOT_STORED = ("self", "__class__", "feedback", "seed")  # of a model's arguments: what its description does not have
 NORMS = {"layer": LayerNorm, "rms": RMSNorm, "none": None}
 
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.seeds import first_weights
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.linear import Kept, Linear
 from ..network.sequential import Sequential
 from ..network.stage import not_shared
 from ..network.updater import Step
-from .transformer import TransformerBlock, as_stage
+from .transformer import NOT_STORED, TransformerBlock, as_stage
 
 EMBEDDINGS = ("joint", "patch")
 POOLS = ("flatten", "mean")
@@ -77,6 +78,8 @@ class ViT(Sequential):
     (arXiv 2304.13372): the first stage is the embedding with the first transformer block, then come `depth - 1` blocks and the
     two layers of the head. `feedback` is a law, or a list with a law or matrix for each stage but the last.
 
+    The first weights come from `seed`, or from torch's global generator.
+
     Raises InputError for sizes that do not fit: patches that do not divide the image, heads that do not divide the dimension.
     """
 
@@ -100,8 +103,9 @@ class ViT(Sequential):
         granularity: str = "block",
         feedback: str | Feedback | Sequence[str | Feedback | Tensor] = "trinomial",
         feedback_shape: str = "full",
+        seed: int | None = None,
     ) -> None:
-        self.settings = {key: value for key, value in locals().items() if key not in ("self", "__class__", "feedback")}
+        self.settings = {key: value for key, value in locals().items() if key not in NOT_STORED}
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         for name, value in (("image size", min(height, width)), ("channels", channels), ("classes", classes),
                             ("patch size", patch_size), ("depth", depth)):  # fmt: skip
@@ -113,25 +117,26 @@ class ViT(Sequential):
             )
         check_word("pool", pool, POOLS)
         law = feedback if isinstance(feedback, str | Feedback) else "trinomial"
-        first = Embedding((channels, height, width), patch_size, dim, embedding, positions)
-        blocks = [
-            TransformerBlock(dim, heads, mlp_width, head_dim, activation, norm, dropout, False, law, feedback_shape)
-            for _ in range(depth)
-        ]
-        modules: list[nn.Module] = [nn.Sequential(first, blocks[0]), *blocks[1:]]
-        if granularity == "layer":
-            modules = [first, *blocks]
-        laws = [feedback] * (len(modules) + 1) if isinstance(feedback, str | Feedback) else list(feedback)
-        if len(laws) != len(modules) + 1:
-            raise InputError(
-                f"a ViT of {len(modules) + 2} stages needs {len(modules) + 1} feedback laws or matrices, got {len(laws)}"
-            )
-        stages = [as_stage(module, granularity, law, feedback_shape) for module, law in zip(modules, laws, strict=False)]
-        if granularity == "layer":  # the embedding's only layer gets its exact gradient from its own output: the same thing
-            stages[0] = Block(first, laws[0], feedback_shape)
-        width_in = first.tokens * dim if pool == "flatten" else dim
-        head = Readout(pool, width_in, width_in, activation, laws[-1], feedback_shape=not_shared(feedback_shape))
-        super().__init__(*stages, head, Linear(width_in, classes))
+        with first_weights(seed):
+            first = Embedding((channels, height, width), patch_size, dim, embedding, positions)
+            blocks = [
+                TransformerBlock(dim, heads, mlp_width, head_dim, activation, norm, dropout, False, law, feedback_shape)
+                for _ in range(depth)
+            ]
+            modules: list[nn.Module] = [nn.Sequential(first, blocks[0]), *blocks[1:]]
+            if granularity == "layer":
+                modules = [first, *blocks]
+            laws = [feedback] * (len(modules) + 1) if isinstance(feedback, str | Feedback) else list(feedback)
+            if len(laws) != len(modules) + 1:
+                raise InputError(
+                    f"a ViT of {len(modules) + 2} stages needs {len(modules) + 1} feedback laws or matrices, got {len(laws)}"
+                )
+            stages = [as_stage(module, granularity, law, feedback_shape) for module, law in zip(modules, laws, strict=False)]
+            if granularity == "layer":  # the embedding's only layer gets its exact gradient from its own output: the same thing
+                stages[0] = Block(first, laws[0], feedback_shape)
+            width_in = first.tokens * dim if pool == "flatten" else dim
+            head = Readout(pool, width_in, width_in, activation, laws[-1], feedback_shape=not_shared(feedback_shape))
+            super().__init__(*stages, head, Linear(width_in, classes))
 
     def config(self) -> dict[str, object]:
         """What `load` needs to build the same network again."""

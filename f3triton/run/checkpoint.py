@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Snapshot:
 @dataclass
 class Checkpoints:
     """Where checkpoints go, and when: after every `every` steps, or with `epochs` after every `every` epochs; the last `keep`
-    of them are kept.
+    of them are kept. `on_write` is called after each.
 
     Raises InputError for numbers below 1.
     """
@@ -101,6 +101,7 @@ class Checkpoints:
     every: int
     epochs: bool = False
     keep: int = 2
+    on_write: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).expanduser()
@@ -142,7 +143,7 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
         remove_half_written(folder)
         temporary.mkdir()
         fault("checkpoint:begin")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, temporary / TENSORS)
+        save_tensors(snapshot.tensors, temporary / TENSORS)
         fault("checkpoint:tensors")
         text = json.dumps({"format": FORMAT, **snapshot.state}, allow_nan=True)
         (temporary / STATE).write_text(text, encoding="utf-8")
@@ -202,6 +203,14 @@ def remove(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     fault("checkpoint:removing")
     shutil.rmtree(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors to a new file, with the mode that the user's files have: the library's own is for the user alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def sync(path: Path) -> None:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+
+from ..base.text import printable
 
 # What is wanted comes first, so that a narrow terminal cuts off what is not.
 BAR = "{desc}{remaining} left {percentage:3.0f}%|{bar:10}| {rate_fmt}{postfix}"
 WANTED = ("test_error", "test_mse", "test_bits_per_")
 BAR_WIDTH = 46  # columns of it without the description and the rest
+
+
+def tell(text: str) -> None:
+    """Print lines, in whatever characters there are. A reader that has gone, as that of a pipe, ends no run."""
+    for line in text.split("\n"):
+        line = printable(line)
+        try:
+            print(
+                line.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"),
+                flush=True,
+            )
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Console:
@@ -48,7 +64,7 @@ class Console:
         elif record["epoch"] % self.every == 0 or record["epoch"] == self.epochs or self.every == 1:
             text = "  ".join(figures.values())
             place, seconds = f"{record['epoch']}/{self.epochs}", f"{record['learning_seconds']:.1f} s"
-            print(f"{self.prefix}epoch {place}  {text}  ({seconds})", flush=True)
+            tell(f"{self.prefix}epoch {place}  {text}  ({seconds})")
 
     def __enter__(self) -> Console:
         return self

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..base.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +35,9 @@ def new_figure(width: float, height: float, **settings: object) -> Figure:
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     """Write a PNG that is the same for the same figure. Raises OSError where it cannot be written."""
-    figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name
+        figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def is_wide(values: Iterable[float]) -> bool:
@@ -125,7 +130,8 @@ def draw_curves(path: Path, title: str, x_label: str, y_label: str, curves: dict
     first, last = min(xs), max(xs)
     axes.set_xlim((first, last + 0.01 * (last - first)) if last > first else (first - 0.5, last + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(printable(title, 100), parse_math=False)
     plain_axes(axes)
     axes.legend(frameon=False, fontsize=9)
     label_ends(axes, ends)

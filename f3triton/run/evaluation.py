@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..base.exceptions import InputError
 from ..base.precision import matmul_precision
+from ..data.identity import digest
 from .console import shown
 from .folder import read_json
 from .options import from_json, make_settings
@@ -17,7 +18,8 @@ from .tally import evaluate
 
 
 def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
-    """Repeat the last evaluation of the run `--evaluate`: its own data, model, device and batch size; a line a figure.
+    """Repeat the last evaluation of the run `--evaluate`: its own data, preprocessing, model, device and batch size; a line a
+    figure.
 
     Raises InputError for options that do not go with it, or a folder that holds no finished run.
     """
@@ -32,13 +34,14 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
     settings = make_settings(stored)
     place = None if options.exit is None else int(options.exit) if options.exit.isdecimal() else options.exit
     predictor = load(path, exit=place)
-    _, test_set = load_data(stored)
+    _, test_set = load_data(stored, predictor.preprocessing)
+    same = summary.get("test_data", digest(test_set)) == digest(test_set)  # once, it was not noted
     device, dtype = settings.resolved_device, settings.types.products
     network = predictor.network.to(device)
     with matmul_precision(settings.precision):
         figures = evaluate(network, test_set.to(device), predictor.loss, settings.eval_batch_size, device, dtype)
     found = test_record(test_set, figures)
-    lines = []
+    lines = [] if same else ["the test data are not those of the run: other rows, or other values"]
     for name in shown(found):
         if options.exit is not None:
             lines.append(
@@ -46,6 +49,6 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
             )
             continue
         before = summary.get(name)
-        note = "exactly as stored by the run" if found[name] == before else f"stored by the run: {before}"
+        note = "exactly as stored by the run" if found[name] == before and same else f"stored by the run: {before}"
         lines.append(f"{name.replace('_', ' ')} {found[name]} ({note})")
     return lines

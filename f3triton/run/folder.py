@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ..base.exceptions import InputError
@@ -24,10 +24,21 @@ from ..data.preprocessing import PREPROCESSING
 from ..kernels.reference import LOSSES
 from ..models.build import NETWORK, build
 from ..network.sequential import Sequential
+from .checkpoint import save_tensors
 from .curves import Curve, draw_curves
+from .lock import FolderLock
 
 FORMAT = 1
-_NAMES = ("config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png")
+_NAMES = (
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "summary.json",
+    "curves.png",
+    "diagnostics.json",
+    "diagnostics.png",
+)
+_NEW = ".new"  # the folder of a run that writes over another, until it has something to show
 CHECKPOINTS = "checkpoints"
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
 _TYPES = ("F32", "F64", "BF16")  # of a model's tensors: see `base.precision`
@@ -38,41 +49,92 @@ CONFIG = Fields({"loss": Word(LOSSES), "network": NETWORK, "preprocessing": PREP
 class RunFolder:
     """Writes a run: `config.json`, `metrics.jsonl`, `model.safetensors`, `summary.json`, `curves.png`.
 
-    `checkpoints` is where its checkpoints go. With `resume` everything that is there stays.
+    With `resume` everything that is there stays. A run that is to be written over (`overwrite`) stays until `settle`: before
+    that all is written to a folder inside, `at`, which `discard` removes. Every file but the growing `metrics.jsonl` is written
+    beside its name and renamed, so that it is whole or not there. What others delete or change meanwhile is written again, and
+    `warn` told.
 
-    Every file but the growing `metrics.jsonl` is written beside its name and renamed, so that it is whole or not there.
-    Raises InputError where the folder holds a run already (unless `overwrite`), cannot be written, or has no space.
+    `heads`: whether those of hidden stages are kept in the model file. `lock`, if it is taken already. Raises InputError where
+    the folder is in use, holds a run already (unless `overwrite`), cannot be written, or has no space.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False) -> None:
-        self.path = Path(path).expanduser()
-        self.checkpoints = self.path / CHECKPOINTS
-        if resume:
-            return
-        there = self.check(path, overwrite)
+    def __init__(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        resume: bool = False,
+        heads: bool = True,
+        warn: Callable[[str], None] | None = None,
+        lock: FolderLock | None = None,
+    ) -> None:
+        self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
-        for name in there:
-            with _named(self.path / name, "remove"):
-                (self.path / name).unlink()
-        with _named(self.checkpoints, "remove"):
-            if self.checkpoints.is_dir():
-                shutil.rmtree(self.checkpoints)
+        self.lock = lock or FolderLock(self.path)
+        try:
+            there = [] if resume else self.check(path, overwrite)
+            with _named(self.path, "tidy"):
+                self._tidy()
+                self.at = self.path / _NEW if there else self.path
+                self.at.mkdir(exist_ok=True)
+        except InputError:
+            self.lock.release()
+            raise
+        self.config = ""
+        self.lines: list[str] = []  # of metrics.jsonl
 
     @staticmethod
     def check(path: str | Path, overwrite: bool = False) -> list[str]:
-        """The run's files that are there already. Raises InputError where there are any, unless `overwrite`."""
+        """What a run has left there already. Raises InputError where there is anything, unless `overwrite`."""
         path = Path(path).expanduser()
         if path.exists() and not path.is_dir():
             raise InputError(f"output folder {str(path)!r} is a file; choose another with --output-dir")
-        there = [name for name in _NAMES if (path / name).exists()]
-        if not overwrite and (path / CHECKPOINTS).exists():
-            raise InputError(
-                f"output folder {str(path)!r} holds checkpoints; go on with --resume auto, choose another, or --overwrite"
-            )
+        there = [name for name in (*_NAMES, CHECKPOINTS) if os.path.lexists(path / name)]
         if there and not overwrite:
+            if CHECKPOINTS in there:
+                raise InputError(
+                    f"output folder {str(path)!r} holds checkpoints; go on with --resume auto, choose another, or --overwrite"
+                )
             raise InputError(f"output folder {str(path)!r} holds a run already ({there[0]}); choose another, or --overwrite")
         return there
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.at / CHECKPOINTS
+
+    def _tidy(self) -> None:
+        """Remove what a run that was killed has left half written."""
+        for name in _NAMES:
+            for left in self.path.glob(f".{name}.*.tmp"):
+                left.unlink()
+        shutil.rmtree(self.path / _NEW, ignore_errors=True)
+
+    def settle(self) -> None:
+        """Put the new run in the place of the old one, now that there is something of it. As long as there is no `config.json`,
+        the folder is a run to nobody."""
+        if self.settled:
+            return
+        with _named(self.path, "write over"):
+            for name in ("config.json", *_NAMES):
+                (self.path / name).unlink(missing_ok=True)
+            if (self.path / CHECKPOINTS).exists():
+                shutil.rmtree(self.path / CHECKPOINTS)
+            for name in (CHECKPOINTS, *reversed(_NAMES)):
+                if (self.at / name).exists():
+                    (self.at / name).rename(self.path / name)
+            self.discard()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the run is in its place, and the one before it gone."""
+        return self.at == self.path
+
+    def discard(self) -> None:
+        """Leave the old run where it is, if it is there still."""
+        if not self.settled:
+            shutil.rmtree(self.at)
+            self.at = self.path
 
     def require_space(self, model: nn.Module) -> None:
         """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""
@@ -84,35 +146,65 @@ class RunFolder:
                 "free some space or choose another with --output-dir"
             )
 
+    def write_config(self, content: dict) -> None:
+        """Write `config.json`."""
+        self.config = _json(content, indent=2)
+        self._write_text("config.json", self.config)
+
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file; numbers that JSON has no word for (NaN, infinity) become null."""
-        text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
-        self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+        self._write_text(name, _json(content, indent=2))
 
     def write_metrics(self, records: list[dict]) -> None:
         """Write `metrics.jsonl` anew: at a resumption, the records up to there."""
-        text = "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records)
-        self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        self.lines = [_json(record) for record in records]
+        self._write_text("metrics.jsonl", "".join(self.lines))
 
-    def append_metrics(self, record: dict) -> None:
-        """Add one line to `metrics.jsonl`."""
-        path = self.path / "metrics.jsonl"
+    def keep(self, record: dict, model: nn.Module) -> None:
+        """Add a line to `metrics.jsonl` and write the model: an evaluation is there to stay."""
+        self.mend()
+        path = self.at / "metrics.jsonl"
         with _named(path, "write"), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+            self.lines.append(_json(record))
+            file.write(self.lines[-1])
+        self.save_model(model)
+        self.settle()
 
-    def save_model(self, model: nn.Module, heads: bool = True) -> None:
-        """Write the parameters and buffers as safetensors; of its hidden stages' heads only if `heads`."""
-        found = {name: tensor for name, tensor in model.state_dict().items() if heads or not name.startswith("heads.")}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-        self._replace("model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    def mend(self, model: nn.Module | None = None) -> None:
+        """Write again what is not as this run wrote it. With the last evaluation's `model` all is looked at, to the end."""
+        with _named(self.at, "create"):
+            self.at.mkdir(parents=True, exist_ok=True)
+        self.lock.hold()
+        texts, lost = {"config.json": [self.config], "metrics.jsonl": self.lines}, []
+        for name, lines in texts.items():
+            path = self.at / name
+            with _named(path, "read"):
+                there = path.stat().st_size if path.is_file() else 0
+                same = there == sum(map(len, lines))  # JSON's own text has one byte a character
+                if not same or (model is not None and there and path.read_text(encoding="utf-8") != "".join(lines)):
+                    lost.append(name)
+                    self._write_text(name, "".join(lines))
+        if model is not None and not (self.at / "model.safetensors").is_file():
+            lost.append("model.safetensors")
+            self.save_model(model)
+        if lost:
+            self.warn(f"{' and '.join(lost)} in {str(self.path)!r} was deleted or changed while the run went on; written again")
+
+    def save_model(self, model: nn.Module) -> None:
+        """Write the parameters and buffers as safetensors."""
+        found = {name: tensor for name, tensor in model.state_dict().items() if self.heads or not name.startswith("heads.")}
+        self._replace("model.safetensors", lambda path: save_tensors(found, path, {"format": "pt"}))
 
     def draw(self, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
         """Write `curves.png`."""
         self._replace("curves.png", lambda path: draw_curves(path, title, x_label, y_label, curves))
 
+    def _write_text(self, name: str, text: str) -> None:
+        self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
+
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        final = self.path / name
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        final = self.at / name
+        temporary = self.at / f".{name}.{os.getpid()}.tmp"
         with _named(final, "write"):
             try:
                 write(temporary)
@@ -136,6 +228,10 @@ class _named:
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             reason = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
             raise InputError(f"cannot {self.action} {str(self.path)!r}: {reason}") from None
+
+
+def _json(content: dict, indent: int | None = None) -> str:
+    return json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n"
 
 
 def _plain(value: object) -> object:

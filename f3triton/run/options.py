@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
+from ..base.text import printable
 from ..data.streams import BUFFER, STATISTICS
 from ..data.targets import LANGUAGE_MODELING
 from ..error_store import is_folder
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     """One line and exit code 2 for a bad option, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train.py: error: {message} (python train.py --help shows all options)\n")
+        self.exit(2, f"train.py: error: {printable(message)} (python train.py --help shows all options)\n")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -204,7 +205,11 @@ def _add_feedback(group: argparse._ArgumentGroup) -> None:
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output-dir", metavar="FOLDER", help="where the run is written; default: runs/DATASET-METHOD-DATE-TIME")
-    add("--overwrite", action="store_true", help="write over a run in the output folder, and over its error store")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write over a run in the output folder, as soon as the new one has something to show, and over its error store",
+    )
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")

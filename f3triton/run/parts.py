@@ -10,7 +10,7 @@ import torch
 from ..base.exceptions import InputError
 from ..base.memory import available_memory
 from ..base.text import readable_bytes
-from ..data import Dataset, load_dataset, load_text, stream_dataset
+from ..data import Dataset, Preprocessing, load_dataset, load_text, stream_dataset
 from ..models.build import OPTIONS, build, describe
 from ..network.feedback import Feedback
 from ..network.sequential import Sequential
@@ -18,28 +18,32 @@ from ..recipes import open_data, read_recipe, split_name
 from .settings import Settings
 
 
-def load_data(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """(training set, test set). Raises InputError where they cannot be had."""
+def load_data(options: argparse.Namespace, preprocessing: Preprocessing | None = None) -> tuple[Dataset, Dataset]:
+    """(training set, test set), by the `preprocessing` of an earlier run where it is given.
+
+    Raises InputError where they cannot be had.
+    """
     names = ["train_split", "test_split", "test_fraction", "max_train_samples", "max_test_samples", "revision"]
     if options.text is not None:
-        return load_text(options.text, options.dataset, **_said(options, *names, "tokenizer", "context"))
+        return load_text(options.text, options.dataset, **_said(options, preprocessing, *names, "tokenizer", "context"))
     names += ["target", "features", "image", "task", "seed"]
     source = options.dataset
     if options.recipe is not None:
         source = open_data(read_recipe(split_name(options.recipe)[0]), source)
     if options.streaming:
-        data = stream_dataset(source, **_said(options, *names, "shuffle_buffer", "statistics_rows"))
+        data = stream_dataset(source, **_said(options, preprocessing, *names, "shuffle_buffer", "statistics_rows"))
     else:
-        data = load_dataset(source, **_said(options, *names))
+        data = load_dataset(source, **_said(options, preprocessing, *names))
     if not isinstance(source, str):  # a table as the recipe has it
         for part in data:
             part.name = split_name(options.recipe)[0]
     return data
 
 
-def _said(options: argparse.Namespace, *names: str) -> dict[str, object]:
+def _said(options: argparse.Namespace, preprocessing: Preprocessing | None, *names: str) -> dict[str, object]:
     """The options of these names that have a value; the others take the default of the function that they are for."""
-    found = {"config": options.dataset_config} | {name: getattr(options, name) for name in names}
+    found = {name: getattr(options, name) for name in names}
+    found |= {"config": options.dataset_config, "preprocessing": preprocessing}
     return {name: value for name, value in found.items() if value is not None}
 
 

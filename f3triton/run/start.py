@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 from ..base.exceptions import InputError
@@ -17,6 +18,7 @@ from ..learn.signal import resolve_loss
 from .checkpoint import Checkpoints, Snapshot, newest, parse_every
 from .folder import CHECKPOINTS, FORMAT, RunFolder, read_json
 from .identity import settings_of
+from .lock import FolderLock
 from .options import from_json, to_json, whole_path
 from .state import require_same
 from .summary import versions
@@ -28,38 +30,63 @@ class Start:
 
     `snapshot` is the checkpoint that it goes on from, None where it begins. Raises InputError where the options `--resume`,
     `--overwrite`, `--output-dir` and `--checkpoint-every` do not go with one another or with what is in the folder. Nothing is
-    written before `open`, and of an error store nothing removed before `make_way`.
+    written or removed before `open`; but a folder that is there is locked, for as long as the `with` statement lasts.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.lock, self.folder = options, None, None
+        path = Path(options.output_dir or "").expanduser()
+        if options.output_dir and is_folder(options.error_store) and whole_path(path) == whole_path(options.error_store):
+            raise InputError(f"--output-dir and --error-store are both {str(path)!r}; give the store a folder of its own")
+        if options.output_dir and path.is_dir() and not options.dry_run:
+            self.lock = FolderLock(path)
+        try:
+            self._look()
+        except InputError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.folder is not None:
+            self.folder.discard()
+            self.lock = self.folder.lock
+        if self.lock is not None:
+            self.lock.release()
+
+    def _look(self) -> None:
+        options = self.options
         self.snapshot = _checkpoint_to_resume(options)
         self.begun = _begun_before(options) if self.snapshot is None else None
         self.overwrite = options.overwrite or self.begun is not None
         if options.output_dir and self.snapshot is None:
             RunFolder.check(options.output_dir, self.overwrite)
-        self.every = None if options.checkpoint_every is None else parse_every(options.checkpoint_every)
+        every = None if options.checkpoint_every is None else parse_every(options.checkpoint_every)
+        self.checkpoints = None if every is None else Checkpoints(Path(CHECKPOINTS), *every, keep=options.keep)
 
-    def make_way(self, trainer: Trainer, train_set: Dataset) -> None:
-        """Remove the error store of the run that is written over. Raises InputError where a new one cannot be made, or the
-        checkpoint is one of another run.
+    def open(self, trainer: Trainer, train_set: Dataset) -> RunFolder:
+        """The run's folder, with its configuration and what is there before its first epoch; `checkpoints` are made there.
+
+        The error store of a run that is written over is removed. Raises InputError where a new one cannot be made, the folder
+        is not to be had, or the checkpoint is one of another run.
         """
-        store = trainer.store_for(train_set)
-        if store is not None:
-            home, begun = store[0], self.begun or {}
-            if is_folder(home) and (self.options.overwrite or begun.get("error_store") == whole_path(home)):
-                remove_store(home)
-            if self.snapshot is None:
-                check_home(*store)
-        if self.snapshot is not None:
-            require_same(self.snapshot, settings_of(trainer, identity(train_set), self.options.epochs, self.options.eval_every))
-
-    def open(self, trainer: Trainer, train_set: Dataset) -> tuple[RunFolder, Checkpoints | None]:
-        """The run's folder, with its configuration and what is there before its first epoch; and its checkpoints."""
         options = self.options
-        folder = RunFolder(options.output_dir or default_folder(options), self.overwrite, resume=self.snapshot is not None)
-        checkpoints = None if self.every is None else Checkpoints(folder.checkpoints, *self.every, keep=options.keep)
+        if self.snapshot is not None:
+            require_same(self.snapshot, settings_of(trainer, identity(train_set), options.epochs, options.eval_every))
+        path, resume = options.output_dir or default_folder(options), self.snapshot is not None
+        folder = self.folder = RunFolder(path, self.overwrite, resume, not options.drop_heads, _warn, self.lock)
         folder.require_space(trainer.model)
+        store, begun = trainer.store_for(train_set), self.begun or {}
+        if store is not None:
+            home = store[0]
+            if is_folder(home) and (options.overwrite or begun.get("error_store") == whole_path(home)):
+                remove_store(home)
+            if not resume:
+                check_home(*store)
+        if self.checkpoints is not None:
+            self.checkpoints.folder, self.checkpoints.on_write = folder.checkpoints, self._settle
         config = {
             "format": FORMAT,
             "network": trainer.model.config() | ({} if options.drop_heads else trainer.model.readings()),
@@ -69,19 +96,29 @@ class Start:
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
             "versions": versions(),
         }
-        folder.write_json("config.json", config)
+        folder.write_config(config)
         if self.snapshot is None:
-            folder.save_model(trainer.model, not options.drop_heads)  # what is kept should the first epoch diverge
+            folder.save_model(trainer.model)  # what is kept should the first epoch diverge
         else:
             folder.write_metrics(self.snapshot.state["history"])
-        return folder, checkpoints
+        return folder
+
+    def _settle(self) -> None:
+        """After a checkpoint: it may be the first thing that there is of the run."""
+        self.folder.settle()
+        self.checkpoints.folder = self.folder.checkpoints
 
 
 def default_folder(options: argparse.Namespace) -> str:
-    """`runs/DATASET-METHOD-DATE-TIME`."""
+    """`runs/DATASET-METHOD-DATE-TIME`, with a number where that is there."""
     source = options.dataset or Path(options.text).stem
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-.") or "data"
-    return f"runs/{name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = f"runs/{name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(found for n in count(1) if not Path(found := path + f"-{n}" * (n > 1)).exists())
+
+
+def _warn(line: str) -> None:
+    print(f"train.py: warning: {line}", file=sys.stderr)
 
 
 def _checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
@@ -96,7 +133,7 @@ def _checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
     if options.output_dir is None:
         raise InputError("--resume auto needs --output-dir, the run's folder")
     folder = Path(options.output_dir).expanduser()
-    found = newest(folder / CHECKPOINTS, lambda line: print(f"train.py: warning: {line}", file=sys.stderr))
+    found = newest(folder / CHECKPOINTS, _warn)
     if found is None and options.resume != "auto":
         raise InputError(f"run {options.resume!r} has no checkpoint to go on from")
     if found is None and (folder / "summary.json").exists():

@@ -185,6 +185,7 @@ class Keeper:
             state |= numbers
         steps = self.result.steps
         checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), steps, self.checkpoints.keep)
+        self.checkpoints.on_write()
         if self.store is not None:
             there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}
             self.needs = {number: epoch for number, epoch in self.needs.items() if number in there} | {steps: self.store.epoch}

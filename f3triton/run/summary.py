@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from ..data import Dataset
+from ..data.identity import digest
 from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .folder import RunFolder
@@ -37,6 +38,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         "task": train.task,
         "train_samples": len(train),
         "test_samples": len(test),
+        "test_data": digest(test),
         "epochs": result.epochs,
         "steps": result.steps,
         "train_loss": last.get("train_loss"),
@@ -84,6 +86,7 @@ def write_summary(
         against = summarise(other, *data, other.result, other.result.learning_seconds)
         wanted = ("method", *shown(against), "steps_per_second")
         summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
+    folder.mend(None if trainer.result.status == "diverged" else trainer.model)
     folder.write_json("summary.json", summary)
     figure, label = _figure_of(data[0])
     curves = {

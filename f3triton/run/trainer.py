@@ -36,6 +36,7 @@ from ..visits.streams import StreamOrder, StreamWindows, check_stream
 from ..visits.windows import WindowOrder, check_epochs, steps_per_epoch
 from .checkpoint import Checkpoints, Snapshot
 from .identity import settings_of
+from .lock import FolderLock
 from .records import Record, test_record, train_record
 from .result import FitResult
 from .schedule import make_schedule
@@ -169,6 +170,8 @@ class Trainer:
     ) -> tuple[Order, Keeper, Tally]:
         """Make the learner and everything around it, as at the start of the run or where `resume` left it."""
         train, device = plan.train, self.device
+        if checkpoints is not None:
+            cleanup.callback(FolderLock(checkpoints.folder).release)
         if self.windows is not None and batches is not None:
             raise InputError("batches of your own and windows cannot go together; leave one out")
         self.model.train()
