@@ -68,9 +68,9 @@ def exits_of(trainer: Trainer, test: Dataset, figure: str) -> dict[str, float] |
     """The test figure by what answers, of a network that has learned from local errors: each stage, by its number, and the
     mean."""
     model, found = trainer.model, {}
-    if not model.read:
+    if model.exits == 1:
         return None
-    for place in (*range(1, model.read + 2), "mean"):
+    for place in (*range(1, model.exits + 1), "mean"):
         model.exit = place
         found[str(place)] = trainer.evaluate(test)[figure]
     model.exit = None
