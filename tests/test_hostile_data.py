@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -146,6 +149,23 @@ def test_a_description_that_names_files_outside(name: str, tmp_path: Path) -> No
     text = f"---\nconfigs:\n- config_name: default\n  data_files: {name.format(tmp_path)}\n---\n"
     (tmp_path / "data" / "README.md").write_text(text)
     assert "outside.csv" in refused("--dataset", "data")
+
+
+def test_json_in_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "train.zip", "w") as archive:
+        archive.writestr("train.json", "null\n")
+    assert "file 'train.json' holds a row that is null" in refused("--dataset", "data")
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/dev/zero", 3])
+def test_a_saved_data_set_that_names_files_outside(name: object, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"a": list(range(40)), "y": [0, 1] * 20})
+    for folder in ("data", "other"):
+        rows.save_to_disk(str(tmp_path / folder))
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    assert "names the file" in refused("--dataset", "data")
 
 
 @pytest.mark.parametrize(
