@@ -6,11 +6,11 @@
     python -m bench.local text --data path/to/tiny-shakespeare/input.txt
 
 Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
-learning rate is chosen in runs (shorter but for text) on a validation split, the last sixth of the training samples (after a shuffle, but for
-text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a stage says by
-itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be stopped and
-started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled digits and on
-this repository's README.
+learning rate is chosen in runs (for images shorter ones) on a validation split, the last sixth of the training samples (after a
+shuffle, but for text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
+stage says by itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be
+stopped and started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled
+digits and on this repository's README.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import f3triton as f3
 from f3triton.data.text import TextDataset
 from f3triton.run.budget import estimate, with_local
+from f3triton.run.tally import Diverged
 
 from .common import RESULTS, result, row, save, table
 
@@ -116,7 +117,7 @@ TASKS = {
             "DFA": {"method": "dfa"},
             "F3 in windows": {"method": "f3", "window": 64, "visits": 5},
         },
-        (1.5e-3, 3e-3, 6e-3),
+        (3e-3, 6e-3, 1.2e-2),
         batch=32,
         epochs=5,
         choose_epochs=5,
@@ -171,7 +172,10 @@ def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int,
     model = task.network(train, method)
     settings = {name: value for name, value in method.items() if name not in NETWORK}
     trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
-    found = trainer.fit(train, epochs, test, eval_every=epochs)
+    try:
+        found = trainer.fit(train, epochs, test, eval_every=epochs)
+    except Diverged:
+        return {"score": None, "rate": rate}
     exits = {}
     if model.read:
         for place in (*range(1, model.read + 2), "mean"):
@@ -208,7 +212,7 @@ def rows_of(name: str, metric: str, runs: dict[str, dict]) -> list[dict]:
                 part = f"{name}, by the stage that answers"
                 rows.append(row(method, int(place), metric, scores, x_name="exit", part=part))
     for choice, found in runs.items():
-        if choice.startswith("choice"):
+        if choice.startswith("choice") and found["score"] is not None:
             method, rate = choice.removeprefix("choice, ").split(", lr ")
             part = f"{name}, the choice of a learning rate"
             rows.append(row(method, float(rate), "on the validation split", found["score"], x_name="learning rate", part=part))
@@ -276,13 +280,13 @@ def measure(name: str, task: Task, options: argparse.Namespace, output: Path, ru
         if title not in runs:
             runs[title] = run(task, *arguments)
             save(output, result("local", [*rows, *rows_of(name, task.metric, runs)], setting, runs=runs))
-        print(f"{title}: {runs[title]['score']:.3f}", flush=True)
+        print(f"{title}: {runs[title]['score'] or 'diverged'}", flush=True)
         return runs[title]
 
     for method in options.only or task.methods:
         its = task.methods[method]
         by_rate = {rate: once(f"choice, {method}, lr {rate:g}", parts, task.choose_epochs, 0, rate, its) for rate in task.rates}
-        best = min(by_rate, key=lambda rate: by_rate[rate]["score"])
+        best = min(by_rate, key=lambda rate: by_rate[rate]["score"] or math.inf)
         for seed in [1] if options.quick else options.seeds:
             once(f"{method}, seed {seed}", data, task.epochs, seed, best, its)
     rows += rows_of(name, task.metric, runs)

@@ -1,4 +1,4 @@
-"""Numbers, values and names as people read them."""
+"""Numbers, names and values as people read them."""
 
 from __future__ import annotations
 

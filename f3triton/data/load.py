@@ -18,7 +18,7 @@ from .dataset import Dataset
 from .images import channel_moments, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
 from .sources import folders_of, open_source
-from .splits import TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, subset
+from .splits import TEST_FRACTION, TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, refuse_fraction, subset
 from .tables import Column, UnusableColumnError, encode_table, fit_column
 from .targets import Target, choose_task, encode_target, fit_target
 
@@ -33,7 +33,7 @@ def load_dataset(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
@@ -52,7 +52,7 @@ def load_dataset(
         train_split: by default `train`, or the only split there is.
         test_split: by default the first of `test`, `validation`, `valid`, `dev` that exists; without one, test rows are
             cut from the training split.
-        test_fraction: the share of rows to cut; which ones is a function of `seed` and the number of rows only.
+        test_fraction: the share of rows to cut, by default 0.2; which ones is a function of `seed` and the number of rows only.
         target: the column to predict, or several numbers (a list, or separated by commas). By default the only ClassLabel
             column; else a column called label, labels, target, targets, y or class; else the only one left to choose.
         features: table columns to use; by default all that can be used, the others being reported by
@@ -69,7 +69,7 @@ def load_dataset(
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
             raise InputError(f"{what} (--{what.replace('_', '-')}) is {value}; allowed: 1 or more")
-    if not 0 < test_fraction < 1:
+    if test_fraction is not None and not 0 < test_fraction < 1:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
     check_seed(seed)
     label, splits = open_source(name, config, revision)
@@ -126,17 +126,18 @@ def _split_rows(
     splits: dict[str, datasets.Dataset],
     train_split: str | None,
     test_split: str | None,
-    fraction: float,
+    fraction: float | None,
     seed: int,
     folders: tuple[Path, ...] | None,
 ) -> tuple[Table, Table, Table, list[str]]:
     """All rows of the training split, the training and test rows, and notes."""
     train_name, test_name = choose_splits(splits, train_split, test_split)
+    refuse_fraction(fraction, test_name)
     every = Table.from_dataset(splits[train_name], f"split {train_name!r}", folders)
     if not len(every):
         raise InputError(f"split {train_name!r} is empty")
     if test_name is None:
-        train, test = (every.select(picked) for picked in cut(len(every), fraction, seed))
+        train, test = (every.select(picked) for picked in cut(len(every), fraction or TEST_FRACTION, seed))
         note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
         return every, train, test, [note]
     test = Table.from_dataset(splits[test_name], f"split {test_name!r}", folders)

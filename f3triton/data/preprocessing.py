@@ -266,13 +266,13 @@ def _numbers(values: tuple[float, ...]) -> str:
     return listed([f"{value:.6g}" for value in values], 5)
 
 
+def _words(value: object) -> str:
+    return listed(value, 10) if isinstance(value, tuple) else str(value)
+
+
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     """An object's lists as tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-
-
-def _words(value: object) -> str:
-    return listed(value, 10) if isinstance(value, tuple) else str(value)
 
 
 def _as_lists(value: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from ..base.exceptions import InputError
 from .columns import listed
 
+TEST_FRACTION = 0.2  # of rows without a test split
 TEST_NAMES = ("test", "validation", "valid", "dev")  # tried in this order
 
 # Separate streams of random numbers out of one seed.
@@ -32,6 +33,12 @@ def choose_splits(splits: Mapping[str, Any], train: str | None, test: str | None
     if test is None:
         test = next((name for name in TEST_NAMES if name in splits and name != train), None)
     return train, test
+
+
+def refuse_fraction(fraction: float | None, test: object) -> None:
+    """Raise InputError for a share of rows to cut off for testing where there are test rows already."""
+    if fraction is not None and test is not None:
+        raise InputError(f"test_fraction (--test-fraction) {fraction} has no effect where there is a test split; leave it out")
 
 
 def cut(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

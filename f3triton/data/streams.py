@@ -25,7 +25,7 @@ from .dataset import Dataset
 from .load import encode
 from .preprocessing import Preprocessing
 from .sources import folders_of, open_source, reading
-from .splits import choose_splits
+from .splits import TEST_FRACTION, choose_splits, refuse_fraction
 from .targets import CLASSIFICATION, encode_target
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def stream_dataset(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = 0.2,
+    test_fraction: float | None = None,
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
@@ -254,7 +254,7 @@ def stream_dataset(
 
     Args:
         name: as for `load_dataset`, or a `datasets.IterableDataset`, one or several splits in a dict.
-        test_fraction: without a test split, every n-th row is held out, n = 1 / test_fraction to the nearest.
+        test_fraction: without a test split, every n-th row is held out, n = 1 / test_fraction to the nearest, by default 5.
         max_train_samples: a pass ends after so many rows. Needed where the stream neither says its length nor is local,
             where it is counted by reading it once.
         max_test_samples: the first so many test rows; 10,000 where it is None.
@@ -272,12 +272,13 @@ def stream_dataset(
     for what, value in numbers.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{what} (--{what.replace('_', '-')}) is {value!r}; allowed: a whole number of 1 or more")
-    if not 0 < test_fraction <= 0.5:
+    if test_fraction is not None and not 0 < test_fraction <= 0.5:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed for a stream: above 0, at most 0.5")
     check_seed(seed)
     label, splits = open_source(name, config, revision, streaming=True)
     train_name, test_name = choose_splits(splits, train_split, test_split)
-    every = round(1 / test_fraction) if test_name is None else None
+    refuse_fraction(test_fraction, test_name)
+    every = round(1 / (test_fraction or TEST_FRACTION)) if test_name is None else None
     folders = folders_of(name)
     source = Source(splits[train_name], label, train_name, every, folders)
     first = StreamReader(source).take(statistics_rows)

@@ -16,7 +16,7 @@ from .columns import listed
 from .dataset import Dataset
 from .preprocessing import TEXT, Preprocessing
 from .sources import open_source
-from .splits import choose_splits
+from .splits import choose_splits, refuse_fraction
 from .targets import LANGUAGE_MODELING, Target
 from .tokens import BYTES, fit_tokenizer
 
@@ -76,7 +76,7 @@ def load_text(
     revision: str | None = None,
     train_split: str | None = None,
     test_split: str | None = None,
-    test_fraction: float = TEST_FRACTION,
+    test_fraction: float | None = None,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
     preprocessing: Preprocessing | None = None,
@@ -88,7 +88,7 @@ def load_text(
         dataset, config, revision, train_split, test_split: as for `load_dataset`.
         context: tokens of a window.
         tokenizer: `characters` (those of the training text), `bytes`, or the JSON file of a tokenizer.
-        test_fraction: the share of the text kept for testing, at its end, where there is no test split.
+        test_fraction: the share of the text kept for testing, at its end, where there is no test split; by default 0.1.
         max_train_samples, max_test_samples: keep the first so many windows.
         preprocessing: that of an earlier run, whose tokens these are then too.
     Raises:
@@ -96,7 +96,7 @@ def load_text(
     """
     if not isinstance(context, int) or context < 2:
         raise InputError(f"context (--context) must be a whole number of at least 2, got {context!r}")
-    if not 0 < test_fraction < 1:
+    if test_fraction is not None and not 0 < test_fraction < 1:
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
     for what, value in (("max_train_samples", max_train_samples), ("max_test_samples", max_test_samples)):
         if value is not None and value < 1:
@@ -112,7 +112,9 @@ def load_text(
         column = str(text)
     whole = f"text {str(text)!r}"
     notes = []
+    refuse_fraction(test_fraction, test)
     if test is None:
+        test_fraction = test_fraction or TEST_FRACTION
         at = max(1, min(len(train) - 1, round(len(train) * (1 - test_fraction))))
         if isinstance(train, bytes) and tokenizer != BYTES:
             while at < len(train) and train[at] & 0xC0 == 0x80:  # not within a character

@@ -7,6 +7,7 @@ from it again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Protocol
 
 from ..base.choices import check_word
@@ -32,7 +33,7 @@ _TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width"
 _GPT = {"heads": 4, "dim": 128, "mlp_width": None, "tied": False, "feedback_shape": "shared", "feedback_at": "normalised"}
 _VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": "layer"}
 OPTIONS: dict[str, dict[str, object]] = {
-    "mlp": {"hidden": [500], "feedback_shape": "full", "norm": None, "residual": False},
+    "mlp": {"hidden": [500, 500], "feedback_shape": "full", "norm": None, "residual": False},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
     "gpt": {**_TRANSFORMER, **_GPT},
     "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full", "norm": "none"},
@@ -98,11 +99,21 @@ def describe(
         sizes = {"vocabulary": data.outputs, "context": data.positions}
         return {"model": model, **sizes, "activation": "gelu", **options} | act
     if model == "mlp":
+        sizes = [data.in_features, *options["hidden"], data.outputs]
+        if options["feedback_shape"].startswith("shared"):
+            raise InputError(
+                f"feedback shape {options['feedback_shape']!r} has no effect with --model mlp, whose layers have no tokens or "
+                "pixels that could share it; allowed: full, generated"
+            )
+        if options["residual"] and not any(a == b for a, b in pairwise(sizes[:-1])):
+            raise InputError(
+                f"--residual has no effect in an mlp of the sizes {sizes}, where no hidden layer has its input's size"
+            )
         norm = options["norm"] or ("layer" if local else "none")
         more = {"norm": norm} if norm != "none" else {}
         return {
             "model": model,
-            "sizes": [data.in_features, *options["hidden"], data.outputs],
+            "sizes": sizes,
             "activation": "relu" if local else "tanh",
             "bias": True,
             "feedback_shape": options["feedback_shape"],

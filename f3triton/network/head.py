@@ -56,8 +56,14 @@ class Head(Stage):
     def _normalise(self, rows: Tensor) -> Tensor:
         return rows if self.normal else eager.normalise(rows)
 
+    def normal_rows(self, h: Tensor) -> Tensor:
+        """What the linear layer gets of a stage's output `h [M, ...]`: `[rows, features]`, normalised."""
+        return self._normalise(self._read(h))
+
     def compute(self, x: Tensor) -> Tensor:
-        return self.linear(self._normalise(self._read(x)))
+        """What is said of `x [M, ...]`: `[M, outputs]`, or of tokens that have targets of their own `[M, tokens, outputs]`."""
+        a = self.linear(self.normal_rows(x))
+        return a.view(*x.shape[:2], -1) if self.by_token and x.dim() == 3 else a
 
     def keep(self, x: Tensor, step: Step, wants_input: bool = False) -> tuple[Tensor, Kept]:
         """The outputs `[rows, C]` for a stage's output `x [M, ...]`."""
@@ -79,8 +85,12 @@ class Head(Stage):
     def visit(self, h: Tensor, target: Tensor, loss: str, step: Step) -> Tensor:
         """Read a stage's output `h [M, ...]` and learn from that: the gradient at `h` for `target [rows, C]`, in its shape.
 
-        In as few launches as the operations have (`kernels.reference.head_step_`), for heads without random feedback.
+        In as few launches as the operations have (`kernels.reference.head_step_`), but for random feedback.
         """
+        if self.random:
+            a, kept = self.keep(h, step)
+            gradient = step.ops.output_step(a.to(target.dtype), target, loss, "none")[0]
+            return self.finish(kept, gradient, step, wants_input=True)
         return self._at_output(step.read(self.linear, self._read(h), target, loss, not self.normal), h.shape)
 
     def _at_output(self, back: Tensor, shape: torch.Size) -> Tensor:

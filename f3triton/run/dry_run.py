@@ -35,8 +35,7 @@ def dry_run(
 
 def _rows(settings: Settings, samples: int) -> int:
     """How many samples have an error row at a time."""
-    windows = settings.windows
-    return min(windows.size, samples) if windows is not None and windows.local else samples
+    return samples if settings.windows is None else settings.windows.rows(samples)
 
 
 def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset) -> tuple[int, str]:
@@ -63,4 +62,6 @@ def _budget(settings: Settings, network: dict[str, object], data: tuple[Dataset,
             add_readings(shapes, settings, train_set.outputs, train_set.positions)
     kept = error_bytes, sum(part.nbytes for part in data)
     budget = estimate(shapes, x, settings.rule, signal, settings.types, settings.error_rank, *kept)
-    return budget if signal is None or not signal.local else with_local(budget, shapes, x, settings.reach)
+    if signal is None or not signal.local:
+        return budget
+    return with_local(budget, shapes, x, settings.reach, settings.local_positions, settings.local_candidates)
