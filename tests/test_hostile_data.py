@@ -151,6 +151,24 @@ def test_a_description_that_names_files_outside(name: str, tmp_path: Path) -> No
     assert "outside.csv" in refused("--dataset", "data")
 
 
+@pytest.mark.parametrize("options", [["--target", "y"], ["--target", "a"], ["--text", "a"]], ids=str)
+def test_text_that_is_none(options: list[str]) -> None:
+    raw = pa.array([b"one", b"two\xff", b"three"] * 20).cast(pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"a": text, "y": [0, 1, 2] * 20}), "rows.parquet")
+    found = attempt(lambda: main(["--dataset", "rows.parquet", "--epochs", "1", "--output-dir", "run", *options]), seconds=15)
+    assert not found.wrong, found
+    assert found.code == 2, found
+
+
+def test_targets_beyond_the_scale_of_training(tmp_path: Path) -> None:
+    for split, last in (("train", 2.0), ("test", 1e200)):
+        rows = "".join(f"{i},{i / 7}\n" for i in range(20)) + f"1,{last}\n"
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.csv").write_text(f"a,y\n{rows}")
+    assert "holds values too large" in refused("--dataset", "data", "--task", "regression")
+
+
 def test_json_in_an_archive(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with zipfile.ZipFile(tmp_path / "data" / "train.zip", "w") as archive:
