@@ -391,3 +391,10 @@ def test_flops_are_those_of_the_formula(capsys: pytest.CaptureFixture[str], size
     passes = sum(min(reach - 1, depth - place) for place in range(1, depth))  # back through a hidden stage
     back = passes * 2 * 50 * width * width + 2 * 50 * width * 10  # and the output's own
     assert told == products + heads + back
+
+
+def test_a_local_run_that_diverges_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert run("--method", "local", "--hidden", "8x2", "--epochs", 1, "--lr", 1e30, "--output-dir", folder) == 2
+    assert "the loss became" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text())["status"] == "diverged"

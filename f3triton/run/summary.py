@@ -48,7 +48,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
-        "exits": exits_of(trainer, test, figure),
+        "exits": None if result.status == "diverged" else exits_of(trainer, test, figure),
         "workers": result.workers or None,
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
