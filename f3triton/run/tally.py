@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.data import Data, batch
+from ..base.exceptions import InputError
 from ..base.precision import autocast, working_dtype
 from ..learn.loss import hits, losses_by_sample, mean_loss
 from ..learn.step import Output
@@ -149,7 +150,7 @@ def evaluate(
 ) -> Figures:
     """The figures of a whole data set, in its own order and in eval mode; sums are in float64.
 
-    `batch_size` counts predictions.
+    `batch_size` counts predictions. Raises InputError where the data have other outputs than the model.
     """
     was_training = model.training
     model.eval()
@@ -164,6 +165,8 @@ def evaluate(
         with autocast(device, compute_dtype):
             a = model(x)
         a = a.flatten(0, -2).to(dtype)  # [M, C]
+        if a.shape != target.shape:
+            raise InputError(f"the model gives {a.shape[-1]} outputs, and the data to evaluate have {target.shape[-1]}")
         total += mean_loss(a, target, loss).double() * len(a)
         right += hits(a, target).sum()
         if loss == "mse":
