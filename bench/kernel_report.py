@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from f3triton.kernels import SGD, Adam, GeneratedFeedback, Update, new_state
+from f3triton.kernels.gpu import head as triton_head
 from f3triton.kernels.gpu import linear as triton_linear
 from f3triton.kernels.gpu import ops as triton_ops
 from f3triton.kernels.gpu import output as triton_output
@@ -80,6 +81,7 @@ class Case:
     weight: str = "fp32"  # bf16: weights in bfloat16, rounded stochastically
     roomy: bool = False  # a device with much shared memory
     output: tuple[str, str, str] = ("cross-entropy", "delayed-error", "auto")
+    norm: bool = True  # of a head
 
     @property
     def name(self) -> str:
@@ -91,6 +93,8 @@ class Case:
             words += [self.activation, self.feedback]
         if self.operation == "output":
             words += self.output
+        if self.operation == "head":
+            words += [self.output[0], "norm" * self.norm]
         return " ".join(filter(None, [*words, "roomy" * self.roomy]))
 
 
@@ -128,6 +132,10 @@ def cases() -> list[Case]:
     found += [Case("step", (rows, 784, 500, 10), "bf16", weight="bf16") for rows in (16, 32, 50)]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
     found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
+    for dtype in ("fp32", "fp16", "bf16"):
+        heads = [Case("head", (100, 1, 500, classes), dtype) for classes in (10, 32, 50, 100)]
+        found += heads + [twin(case) for case in heads] + [replace(case, norm=False) for case in heads]
+    found += [Case("head", (100, 1, 500, 10), output=(loss, "none", "auto")) for loss in ("bce", "mse")]
     found += [Case("output", (64, 1, 1, classes)) for classes in (2, 10, 1000, 4096, 32768)]
     outputs = [("bce", "delayed-error", "auto"), ("mse", "delayed-error", "auto"), ("bce", "current-error-sign", "softmax")]
     outputs += [("cross-entropy", "delayed-loss", "softmax"), ("bce", "delayed-loss", "softmax")]
@@ -169,7 +177,7 @@ def recording() -> Iterator[list[Launch]]:
             made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options))
 
     kernels = [(triton_linear, name) for name in ("forward", "update", "step_small", "update_elements")]
-    kernels += [(triton_output, "output")]
+    kernels += [(triton_output, "output"), (triton_head, "head")]
     before: list[tuple[ModuleType, str, triton.JITFunction]] = [(room, name, getattr(room, name)) for room, name in kernels]
     for room, name, kernel in before:
         setattr(room, name, Recorder(kernel))
@@ -216,13 +224,16 @@ def launch_of(case: Case) -> Launch:
                 triton_ops.linear_step_(x, weight, bias, error, feedback, *states, update, case.activation)
             elif case.operation == "elements":
                 triton_ops.update_(weight, tensor(n, k), states[0], update)
+            elif case.operation == "head":
+                head, its_bias = tensor(c, n).to(weight_dtype), tensor(c).to(weight_dtype)
+                owned = new_state(head, rule, 0, dtype if dtype != torch.float32 else None), new_state(its_bias, rule, 1)
+                triton_ops.head_step_(delta, head, its_bias, error, case.output[0], *owned, update, case.norm)
             else:
                 loss, source, link = case.output
                 triton_ops.output_step(error, error, loss, source, link)
     finally:
         triton_ops._roomy = chosen
-    (launch,) = made
-    return launch
+    return made[0]  # the update of a head is a case of its own
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -270,6 +281,9 @@ def cost(case: Case) -> tuple[int, int]:
     m, k, n, c = case.size
     if case.operation == "output":
         return 4 * (4 * m * c + 2 * m), 10 * m * c
+    if case.operation == "head":
+        item = 4 if case.dtype == "fp32" else 2
+        return item * m * n * (2 + case.norm) + 4 * (c * n + 2 * m * c), 4 * m * n * c
     item, weight, error = 4 if case.dtype == "fp32" else 2, n * k, m * c + c * n
     state = (8 + 8 * RULES[case.rule].moments) * weight
     if case.operation == "elements":

@@ -1,123 +1,296 @@
-"""Errors at the stage itself beside backpropagation, DFA and F3: test error with every method at its own best learning rate.
+"""Errors at the stage itself beside backpropagation, DFA and F3, every method at its own best learning rate of three.
 
-    python -m bench.local --mnist ylecun/mnist
+    python -m bench.local mnist --data ylecun/mnist
+    python -m bench.local cifar10 --data uoft-cs/cifar10
+    python -m bench.local vit --data ylecun/mnist
+    python -m bench.local text --data path/to/tiny-shakespeare/input.txt
 
-Hidden layers of 500 units, relu and a layer normalisation without parameters for all methods alike, batch 100, Adam with cosine
-decay. Each method's learning rate is the best of three on a validation split (the last sixth of the training samples after a
-shuffle), with one seed; the runs that are shown train on all training samples, with other seeds. What each stage says by itself
-(`exit`) is shown for local errors. A run that is in the result file already is not repeated. `--quick` is a small grid on the
-bundled digits.
+Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
+learning rate is chosen in runs (for images shorter ones) on a validation split, the last sixth of the training samples (after a
+shuffle, but for text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
+stage says by itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be
+stopped and started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled
+digits and on this repository's README.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import f3triton as f3
+from f3triton.data.text import TextDataset
+from f3triton.run.budget import estimate, with_local
+from f3triton.run.tally import Diverged
 
-from .common import RESULTS, result, row, save
+from .common import RESULTS, result, row, save, table
 
-METHODS: dict[str, dict[str, object]] = {
+Settings = dict[str, object]
+LOCAL: dict[str, Settings] = {
     "local": {"method": "local"},
     "local, reach 2": {"method": "local", "reach": 2},
-    "local, random feedback": {"method": "local", "local_feedback": "random"},
+}
+OTHERS: dict[str, Settings] = {
     "backprop": {"method": "bp"},
     "DFA": {"method": "dfa"},
     "F3 in windows": {"method": "f3", "window": 500, "visits": 2},
-    "F3": {"method": "f3"},
 }
-RATES = (5e-4, 1e-3, 2e-3)
 SHUFFLE = 7  # seed of the validation split
 
 
-def run(data: tuple[f3.Dataset, f3.Dataset], hidden: list[int], epochs: int, seed: int, settings: dict) -> dict:
-    """One training run: test error in percent, and that of every exit."""
-    train, test = data
-    torch.manual_seed(seed)
-    model = f3.models.MLP([train.in_features, *hidden, train.outputs], "relu", norm="layer")
-    trainer = f3.Trainer(model, batch_size=100, seed=seed, device="cpu", **settings)
-    found = trainer.fit(train, epochs, test, eval_every=epochs)
-    exits = {}
-    if model.read:
-        for place in (*range(1, model.read + 2), "mean"):
-            model.exit = place
-            exits[str(place)] = round(trainer.evaluate(test)["test_error"], 4)
-        model.exit = None
-    rate = found.steps / found.learning_seconds
-    return {"error": round(found.history[-1]["test_error"], 4), "exits": exits, "steps_per_second": round(rate, 1)}
+@dataclass(frozen=True)
+class Task:
+    """A data set, a network and what learns it."""
+
+    network: Callable[[f3.Dataset, Settings], f3.Sequential]  # of a training set and a method's own options
+    methods: dict[str, Settings]
+    rates: tuple[float, ...]
+    batch: int
+    epochs: int
+    choose_epochs: int  # of the runs that choose a learning rate
+    loss: str = "auto"
+    metric: str = "test error, %"
+
+    def score(self, record: dict) -> float:
+        """The figure of the task in an evaluation."""
+        return record["test_error"] if "test_error" in record else record["test_loss"] / math.log(2)
+
+
+def mlp(train: f3.Dataset, options: Settings) -> f3.Sequential:
+    """784-500x3-10, relu and a layer normalisation without parameters for all methods alike."""
+    return f3.models.MLP([train.in_features, *options.get("hidden", [500] * 3), train.outputs], "relu", norm="layer")
+
+
+def gpt(train: TextDataset, options: Settings) -> f3.Sequential:
+    """Blocks of 64 features and 4 heads."""
+    return f3.models.GPT(train.outputs, train.positions, options.get("blocks", 4), heads=4, dim=options.get("dim", 64))
+
+
+def convnet(train: f3.Dataset, options: Settings) -> f3.Sequential:
+    """Four convolutions with batch normalisation and a hidden layer, relu; 0.9 million parameters."""
+    return f3.models.ConvNet(train.shape, train.outputs, [32, 64, 128, 256], 3, [512], "relu", norm="batch")
+
+
+TASKS = {
+    "mnist": Task(
+        mlp,
+        {**LOCAL, "local, random feedback": {"method": "local", "local_feedback": "random"}, **OTHERS, "F3": {"method": "f3"}},
+        (5e-4, 1e-3, 2e-3),
+        batch=100,
+        epochs=20,
+        choose_epochs=6,
+    ),
+    "cifar10": Task(
+        convnet,
+        {name: its | {"augment": "crop-flip"} for name, its in (LOCAL | OTHERS).items()},
+        (1e-3, 2e-3, 4e-3),
+        batch=100,
+        epochs=5,
+        choose_epochs=1,
+    ),
+    "text": Task(
+        gpt,
+        {
+            "backprop": {"method": "bp"},
+            "local": {"method": "local"},
+            "local, read by the last block": {"method": "local", "local_head_depth": 1},
+            "local, read by the last 2 blocks": {"method": "local", "local_head_depth": 2},
+            "local, heads with a block": {"method": "local", "local_head": "own", "local_head_depth": 1},
+            "local, heads with a block, reach 2": {
+                "method": "local",
+                "local_head": "own",
+                "local_head_depth": 1,
+                "reach": 2,
+            },
+            "local, read by the last block, reach 2": {"method": "local", "local_head_depth": 1, "reach": 2},
+            "local, reach 2": {"method": "local", "reach": 2},
+            "local, reach 3": {"method": "local", "reach": 3},
+            "backprop, 1 block": {"method": "bp", "blocks": 1},
+            "backprop, 2 blocks": {"method": "bp", "blocks": 2},
+            "DFA": {"method": "dfa"},
+            "F3 in windows": {"method": "f3", "window": 64, "visits": 5},
+        },
+        (3e-3, 6e-3, 1.2e-2),
+        batch=32,
+        epochs=5,
+        choose_epochs=5,
+        loss="cross-entropy",
+        metric="test bits a character",
+    ),
+}
+QUICK = ("mnist", "text")
+NETWORK = {"hidden", "blocks", "dim"}  # options of a method that are the network's
+TEXT_WINDOWS = 9600  # of the training text
+
+
+def load(name: str, data: str | None, quick: bool) -> tuple[f3.Dataset, f3.Dataset]:
+    """(training set, test set) of a task."""
+    if name == "text":
+        if quick:
+            readme = Path(__file__).resolve().parents[1] / "README.md"
+            return f3.load_text(readme, context=16, tokenizer="bytes", max_train_samples=96)
+        return f3.load_text(data, max_train_samples=TEXT_WINDOWS)
+    return f3.load_dataset("digits" if quick else data)
 
 
 def split(train: f3.Dataset) -> tuple[f3.Dataset, f3.Dataset]:
     """The training samples in two parts: to train on, and to choose by."""
+    at = len(train) * 5 // 6
+    if isinstance(train, TextDataset):
+        at *= train.positions
+        return tuple(TextDataset(train.name, part, train.preprocessing) for part in (train.stream[: at + 1], train.stream[at:]))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SHUFFLE))
-    parts = order[: len(train) * 5 // 6], order[len(train) * 5 // 6 :]
+    parts = order[:at], order[at:]
     return tuple(f3.Dataset(train.name, train.inputs[part], train.targets[part], train.preprocessing) for part in parts)
 
 
-def rows_of(runs: dict[str, dict]) -> list[dict]:
-    """Rows: test error of every method over its seeds, and of the exits."""
+def costs(trainer: f3.Trainer, train: f3.Dataset) -> dict[str, int]:
+    """What the training needs by arithmetic: parameters with those of heads, and for a step FLOPs and bytes of activations."""
+    network, signal = copy.deepcopy(trainer.model).to("meta"), trainer.settings.resolved_signal
+    x = train.fetch(torch.zeros(trainer.batch_size, dtype=torch.int64), torch.float32).to("meta")
+    found = estimate(network, x, trainer.rule, signal)
+    if signal is not None and signal.local:
+        found = with_local(found, network, x, trainer.settings.reach)
+    return {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "flops": found.flops,
+        "activations": found.memory["activations"],
+    }
+
+
+def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int, rate: float, method: Settings) -> dict:
+    """One training run: the task's figure on the second data set, that of every exit, and what it cost."""
+    train, test = data
+    torch.manual_seed(seed)
+    model = task.network(train, method)
+    settings = {name: value for name, value in method.items() if name not in NETWORK}
+    trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
+    try:
+        found = trainer.fit(train, epochs, test, eval_every=epochs)
+    except Diverged:
+        return {"score": None, "rate": rate}
+    exits = {}
+    if model.read:
+        for place in (*range(1, model.read + 2), "mean"):
+            model.exit = place
+            exits[str(place)] = round(task.score(trainer.evaluate(test)), 4)
+        model.exit = None
+    return {
+        "score": round(task.score(found.history[-1]), 4),
+        "exits": exits,
+        "rate": rate,
+        "steps_per_second": round(found.steps / found.learning_seconds, 2),
+        **costs(trainer, train),
+    }
+
+
+def grouped(runs: dict[str, dict]) -> dict[str, list[dict]]:
+    """The runs that are shown, by method."""
     groups: dict[str, list[dict]] = {}
-    rates = [
-        row(name.split(", lr ")[0].removeprefix("choice, "), float(name.split(", lr ")[1]), "validation error, %",
-        found["error"],
-            x_name="learning rate", part="the choice of a learning rate")
-        for name, found in runs.items() if name.startswith("choice")
-    ]  # fmt: skip
     for name, found in runs.items():
         if not name.startswith("choice"):
             groups.setdefault(name.split(", seed ")[0], []).append(found)
-    rows = [row(name, "last epoch", "test error, %", [one["error"] for one in group]) for name, group in groups.items()]
-    for name, group in groups.items():
+    return groups
+
+
+def rows_of(name: str, metric: str, runs: dict[str, dict]) -> list[dict]:
+    """Rows: the figure of every method over its seeds, of the exits, and of the choice of learning rates."""
+    groups, rows = grouped(runs), []
+    for method, group in groups.items():
+        rows.append(row(method, "last epoch", metric, [one["score"] for one in group], part=name))
+    for method, group in groups.items():
         for place in group[0]["exits"]:
-            errors = [one["exits"][place] for one in group]
-            rows.append(row(name, f"exit {place}", "test error, %", errors, part="by what answers"))
-    return rows + rates
+            if place != "mean":
+                scores = [one["exits"][place] for one in group]
+                part = f"{name}, by the stage that answers"
+                rows.append(row(method, int(place), metric, scores, x_name="exit", part=part))
+    for choice, found in runs.items():
+        if choice.startswith("choice") and found["score"] is not None:
+            method, rate = choice.removeprefix("choice, ").split(", lr ")
+            part = f"{name}, the choice of a learning rate"
+            rows.append(row(method, float(rate), "on the validation split", found["score"], x_name="learning rate", part=part))
+    return rows
+
+
+def show(metric: str, runs: dict[str, dict]) -> str:
+    """The table of the methods: mean over seeds and standard deviation, other answers, and costs."""
+    lines = []
+    for method, group in grouped(runs).items():
+        first, scores = group[0], torch.tensor([one["score"] for one in group])
+        exits = {place: sum(one["exits"][place] for one in group) / len(group) for place in first["exits"]}
+        mean, best = exits.pop("mean", None), min(exits.values(), default=None)
+        lines.append(
+            [method, f"{scores.mean():.3f}" + (f" ± {scores.std():.3f}" if len(group) > 1 else ""),
+             "" if mean is None else f"{mean:.3f}", "" if best is None else f"{best:.3f}", len(group), f"{first['rate']:g}",
+             f"{first['parameters']:,}", f"{first['flops'] / 1e9:.2f}", f"{first['activations'] / 2**20:.1f}",
+             f"{first['steps_per_second']:.1f}"]
+        )  # fmt: skip
+    figures = ["the network's output", "mean of the heads", "best exit", "seeds", "learning rate"]
+    return table([metric, *figures, "parameters", "GFLOPs a step", "activations, MiB", "steps/s"], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", metavar="DATASET", help="MNIST: a hub name or a folder")
-    parser.add_argument("--quick", action="store_true", help="a small grid on the bundled digits")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--choose-epochs", type=int, default=6, help="epochs of the runs that choose a learning rate")
+    parser.add_argument("task", nargs="?", choices=tuple(TASKS))
+    parser.add_argument("--data", metavar="DATASET", help="a hub name or a folder; for text a file")
+    parser.add_argument("--quick", action="store_true", help="all tasks, small, on bundled data")
+    parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", choices=tuple(METHODS), metavar="METHOD", default=list(METHODS))
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="some of the task's methods")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
-    parser.add_argument("--output", type=Path, help="default: bench/results/local.json, local-quick.json with --quick")
+    parser.add_argument("--output", type=Path, help="default: bench/results/local-TASK.json, local-quick.json with --quick")
     options = parser.parse_args()
-    if (options.mnist is None) != options.quick:
-        parser.error("give --mnist DATASET or --quick")
+    if options.quick == (options.task is not None) or (options.task is not None and options.data is None):
+        parser.error("give a task with --data DATASET, or --quick")
     torch.set_num_threads(options.threads)
-    output = options.output or RESULTS / ("local-quick.json" if options.quick else "local.json")
+    output = options.output or RESULTS / f"local-{options.task or 'quick'}.json"
     runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
-    data = f3.load_dataset("digits" if options.quick else options.mnist)
-    hidden, epochs, choose, seeds = [500] * 3, options.epochs, options.choose_epochs, options.seeds
-    if options.quick:
-        hidden, epochs, choose, seeds = [32] * 3, 4, 2, [1]
-    setting = {"hidden": hidden, "epochs": epochs, "choose_epochs": choose, "rates": RATES, "threads": options.threads}
+    rows: list[dict] = []
+    for name in QUICK if options.quick else [options.task]:
+        task = small(TASKS[name]) if options.quick else TASKS[name]
+        task = replace(task, epochs=options.epochs or task.epochs)
+        for wrong in set(options.only or ()) - set(task.methods):
+            parser.error(f"method {wrong!r} is not one of {', '.join(map(repr, task.methods))}")
+        measure(name, task, options, output, {} if options.quick else runs, rows)
 
-    def once(name: str, *arguments: object) -> dict:
-        if name not in runs:
-            runs[name] = run(*arguments)
-            save(output, result("local", rows_of(runs), setting, runs=runs))
-        print(f"{name}: {runs[name]['error']:.2f} %", flush=True)
-        return runs[name]
 
-    for name in options.only:
-        settings = METHODS[name]
-        by_rate = {
-            rate: once(
-                f"choice, {name}, lr {rate:g}", split(data[0]), hidden, choose, 0, {**settings, "optimizer": f3.Adam(lr=rate)}
-            )
-            for rate in RATES
-        }
-        best = min(by_rate, key=lambda rate: by_rate[rate]["error"])
-        for seed in seeds:
-            once(f"{name}, seed {seed}", data, hidden, epochs, seed, {**settings, "optimizer": f3.Adam(lr=best)})
+def small(task: Task) -> Task:
+    """A task of seconds."""
+    method = {
+        name: {**its, **({"hidden": [32] * 3} if task.network is mlp else {"dim": 16})} for name, its in task.methods.items()
+    }
+    return replace(task, methods=dict(list(method.items())[:3]), rates=task.rates[:2], epochs=2, choose_epochs=1)
+
+
+def measure(name: str, task: Task, options: argparse.Namespace, output: Path, runs: dict[str, dict], rows: list[dict]) -> None:
+    """All runs of a task; `runs` and the file grow with each, `rows` are those of the tasks before."""
+    data = load(name, options.data, options.quick)
+    parts = split(data[0])
+    chosen = {"rates": task.rates, "batch": task.batch, "epochs": task.epochs, "choose_epochs": task.choose_epochs}
+    setting = {**chosen, "threads": options.threads}
+
+    def once(title: str, *arguments: object) -> dict:
+        if title not in runs:
+            runs[title] = run(task, *arguments)
+            save(output, result("local", [*rows, *rows_of(name, task.metric, runs)], setting, runs=runs))
+        print(f"{title}: {runs[title]['score'] or 'diverged'}", flush=True)
+        return runs[title]
+
+    for method in options.only or task.methods:
+        its = task.methods[method]
+        by_rate = {rate: once(f"choice, {method}, lr {rate:g}", parts, task.choose_epochs, 0, rate, its) for rate in task.rates}
+        best = min(by_rate, key=lambda rate: by_rate[rate]["score"] or math.inf)
+        for seed in [1] if options.quick else options.seeds:
+            once(f"{method}, seed {seed}", data, task.epochs, seed, best, its)
+    rows += rows_of(name, task.metric, runs)
+    print(f"\n{show(task.metric, runs)}\n")
 
 
 if __name__ == "__main__":

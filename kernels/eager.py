@@ -11,7 +11,9 @@ its moments and its update stay in the weight's own. A weight in bfloat16 is upd
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from .rules import SGD, Moments, State, Update
 aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
+_here = sys.modules[__name__]
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
 READS_SHADOWS = False  # a copy of the weight in half precision would save nothing here
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # where torch has single-pass optimizer kernels
@@ -256,6 +259,56 @@ def linear_backward_update_(
     input_gradient = delta @ source.to(delta.dtype)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return input_gradient
+
+
+def normalise(h: Tensor) -> Tensor:
+    """See `reference.normalise`."""
+    return torch.layer_norm(h, h.shape[-1:], eps=reference.NORM_EPS)
+
+
+def through_norm(gradient: Tensor, h: Tensor) -> Tensor:
+    """See `reference.through_norm`."""
+    h, shape = h.contiguous(), [h.shape[-1]]
+    _, mean, deviation = aten.native_layer_norm(h, shape, None, None, reference.NORM_EPS)
+    given = [True, False, False]
+    return aten.native_layer_norm_backward(gradient.contiguous(), h, shape, mean, deviation, None, None, given)[0]
+
+
+def head_step_(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    loss: str,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
+    norm: bool = True,
+) -> Tensor:
+    """See `reference.head_step_`."""
+    return compose_head_step_(_here, h, weight, bias, target, loss, weight_state, bias_state, update, norm)
+
+
+def compose_head_step_(
+    ops: ModuleType | SimpleNamespace,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    loss: str,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
+    norm: bool = True,
+) -> Tensor:
+    """`head_step_` by the other operations of `ops`."""
+    n = normalise(h) if norm else h
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    z, _ = ops.linear_keep(n, source, bias, "identity")
+    gradient = ops.output_step(z.to(target.dtype), target, loss, "none")[0]
+    n = n.float() if n.dtype == torch.float16 else n  # a mean over batch and outputs falls below float16's smallest numbers
+    back = ops.linear_backward_update_(weight, bias, gradient.to(n.dtype), n, weight_state, bias_state, update).to(h.dtype)
+    return through_norm(back, h) if norm else back
 
 
 def output_step(

@@ -19,6 +19,7 @@ from .rules import SGD, Moments, State, Update
 ACTIVATIONS = ("identity", "tanh", "sigmoid", "relu", "gelu", "gelu-tanh", "silu")
 LOSSES = ("bce", "cross-entropy", "mse")
 LINKS = ("auto", "identity", "sigmoid", "softmax")
+NORM_EPS = 1e-5
 SOURCES = ("delayed-error", "delayed-loss", "target", "current-error", "current-error-sign", "none")
 
 
@@ -185,6 +186,42 @@ def linear_backward_update_(
     input_gradient = delta @ source.to(delta.dtype)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return input_gradient
+
+
+def normalise(h: Tensor) -> Tensor:
+    """Layer normalisation over the last dimension, without scale and shift: `(h - mean) / sqrt(variance + NORM_EPS)`."""
+    centred = h - h.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+
+
+def through_norm(gradient: Tensor, h: Tensor) -> Tensor:
+    """The gradient at `h [..., N]` for one at `n = normalise(h)`: `(g - mean(g) - n mean(g n)) / sqrt(variance + NORM_EPS)`."""
+    n, deviation = normalise(h), (h.var(-1, keepdim=True, correction=0) + NORM_EPS).sqrt()
+    return (gradient - gradient.mean(-1, keepdim=True) - n * (gradient * n).mean(-1, keepdim=True)) / deviation
+
+
+def head_step_(
+    h: Tensor,  # [M, N], a stage's output
+    weight: Tensor,  # [C, N], changed
+    bias: Tensor | None,  # [C], changed
+    target: Tensor,  # [M, C]
+    loss: str,
+    weight_state: State,  # changed
+    bias_state: State | None,  # changed; None where there is no bias
+    update: Update,
+    norm: bool = True,
+) -> Tensor:
+    """The whole visit of a stage's own head (local errors: Nokland and Eidnes, arXiv 1901.06656).
+
+    With `n = normalise(h)` (without `norm` `h` itself), `z = n W^T + b` and `g = loss_gradient(z)`: returns the gradient at
+    `h [M, N]`, `g W` through the normalisation, from the old weight; then `W <- rule(W, g^T n)` and `b` likewise.
+    """
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    n = normalise(h) if norm else h
+    z = linear_forward(n, source, bias)
+    gradient = loss_gradient(z, target.to(z.dtype), loss)
+    back = linear_backward_update_(weight, bias, gradient, n, weight_state, bias_state, update)
+    return through_norm(back, h) if norm else back
 
 
 # --- the last layer: output, loss, its gradient, and the error that is kept -------------------------------------------

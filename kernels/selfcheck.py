@@ -142,6 +142,21 @@ def _checks(ops: Ops, device: torch.device, dtype: torch.dtype, roomy: bool) -> 
                     eager.output_step(a.double(), target.double(), loss, "delayed-error")[:2], strict=True)  # fmt: skip
         wrong = [name for name, (o, t) in zip(("gradient", "error"), pairs, strict=True) if not _near(o, t)]
         yield f"the loss {loss} of {classes} outputs", next(iter(wrong), None)
+    for loss, classes, norm in itertools.product(("bce", "cross-entropy", "mse"), tiles.HEAD, (True, False)):
+        h, weight, bias = (_whole(generator, *shape).to(device) / 8 for shape in ((21, 70), (classes - 1, 70), (classes - 1,)))
+        target = torch.eye(classes - 1, device=device)[torch.arange(21, device=device) % (classes - 1)]
+        ours = _head(ops, (h.to(dtype), weight, bias, target), loss, norm)
+        theirs = _head(eager, tuple(tensor.double() for tensor in (h, weight, bias, target)), loss, norm)
+        wrong = (name for name in ours if not torch.allclose(ours[name].double(), theirs[name], loose, loose / 30))
+        yield f"a head of {classes - 1} outputs and {loss}", next(wrong, None)
+
+
+def _head(ops: Ops, operands: tuple[Tensor, ...], loss: str, norm: bool) -> dict[str, Tensor]:
+    """What a head's visit gives and leaves behind, by name."""
+    h, weight, bias, target = (tensor.clone() for tensor in operands)
+    states = _states(weight, bias, RULES[0], None)
+    update = Update(RULES[0], 0.5, torch.ones((), dtype=torch.int64, device=h.device), seed=3)
+    return {"gradient": ops.head_step_(h, weight, bias, target, loss, *states, update, norm), "weight": weight, "bias": bias}
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:

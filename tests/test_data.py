@@ -244,25 +244,25 @@ def test_json_round_trip(digits):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "sound"}, "kind 'sound' is unknown"),
-        ({"format": 2}, "format is not 1"),
-        ({"std": [0.0]}, "not finite or positive"),
-        ({"std": [float("nan")]}, "not finite or positive"),
+        ({"kind": "sound"}, "kind is 'sound'; allowed: image, table"),
+        ({"format": 2}, "format is 2; allowed: a whole number from 1 to 1"),
+        ({"std": [0.0]}, "a deviation is not positive"),
+        ({"std": [float("nan")]}, r"std\[0\] is nan; allowed: a finite number"),
         ({"std": []}, "differ in length"),
         ({"shape": [64]}, "is not"),
-        ({"shape": [1, 0, 8]}, "a size is zero"),
-        ({"shape": [True, 8, 8]}, "shape holds True"),
-        ({"shape": "188"}, "shape is no list"),
-        ({"mean": ["a"]}, "mean holds 'a'"),
-        ({"target": {}}, "target has fields"),
-        ({"extra": 1}, "has fields"),
+        ({"shape": [1, 0, 8]}, r"shape\[1\] is 0"),
+        ({"shape": [True, 8, 8]}, r"shape\[0\] is True"),
+        ({"shape": "188"}, "shape is '188'; allowed: a list"),
+        ({"mean": ["a"]}, r"mean\[0\] is 'a'; allowed: a finite number"),
+        ({"target": {}}, "target is 'without task'; allowed: the fields task, columns"),
+        ({"extra": 1}, "is 'with extra'; allowed: the fields"),
     ],
 )
 def test_broken_json(digits, change, message):
     content = digits[0].preprocessing.to_json()
     with pytest.raises(InputError, match=message):
         Preprocessing.from_json({**content, **change})
-    with pytest.raises(InputError, match="is no object"):
+    with pytest.raises(InputError, match="allowed: an object"):
         Preprocessing.from_json([content])
 
 

@@ -130,3 +130,33 @@ def test_text_and_errors_of_lower_rank(tmp_path: Path) -> None:
     matrix = trainer.learner.signal.projection @ trainer.model[0].feedback_matrix
     found = angle(-matrix.flatten(), trainer.model[1].weight.detach().flatten())
     assert diagnostics.records[-1]["stages"][0]["weights_angle"] == pytest.approx(found)
+
+
+def test_local_errors_with_one_hidden_layer_are_the_true_gradient() -> None:
+    _, diagnostics = run(mlp(16), method="local")
+    for record in diagnostics.records:
+        assert record["stages"][0]["angle"] == pytest.approx(0, abs=1e-3)
+        assert record["stages"][0]["norm_ratio"] == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reach": 2}, {"local_feedback": "random"}, {"local_head_depth": 1}])
+def test_what_each_stage_says_and_how_its_update_points(settings: dict) -> None:
+    trainer, diagnostics = run(mlp(16, 16, 16, norm="layer"), method="local", **settings)
+    data = problem()
+    x, target = data.inputs[diagnostics.index], data.targets[diagnostics.index]
+    stages = diagnostics.records[-1]["stages"]
+    for stage, a in zip([stages[0], stages[1], stages[3]], trainer.model.answers(x), strict=True):
+        assert stage["readable"] == pytest.approx(100 * float((a.argmax(1) == target).double().mean()))
+    assert stages[1]["adds"] == pytest.approx(stages[1]["readable"] - stages[0]["readable"])
+    assert 0 < stages[0]["angle"] < 90
+    assert stages[2]["angle"] == pytest.approx(0, abs=1e-3)  # hears the output only
+    if settings == {}:  # by hand, with the first stage's own head
+        model = trainer.model
+        loss = nn.functional.cross_entropy(model.heads[0](model.stages[0](x)), target)
+        own = torch.autograd.grad(loss, list(model.stages[0].parameters()))
+        exact = torch.autograd.grad(nn.functional.cross_entropy(model(x), target), list(model.stages[0].parameters()))
+        flat = (torch.cat([g.flatten() for g in one]) for one in (own, exact))
+        assert stages[0]["angle"] == pytest.approx(angle(*flat), abs=1e-3)
+    (line,) = (line for line in summary_lines(diagnostics) if line.startswith("right by each stage's own head"))
+    assert line.count("(") == 3
+    assert "(+" in line or "(-" in line

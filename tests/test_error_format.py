@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sandbox import attempt
 from test_error_file import files, spec, visit
 
 import f3triton as f3
 from f3triton.error_store import FileStore
-from f3triton.error_store.disk.format import ROWS_AT, header, rows_file
+from f3triton.error_store.disk.format import ROWS_AT, Generation, Kind, Manifest, header, rows_file, write_manifest
 from f3triton.error_store.disk.inspect import inspect, main
 
 FILE = rows_file(1)
@@ -318,3 +319,38 @@ def test_inspect_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         error = capsys.readouterr().err
         assert error.startswith("python -m f3triton.error_store: error: error store")
         assert error.count("\n") == 1
+
+
+def made_up(folder: Path, kind: Kind, sparse: bool = False) -> Path:
+    """A store whose manifest and header say the same, of zeros."""
+    folder.mkdir()
+    with open(folder / rows_file(0), "wb") as file:
+        file.write(header(kind, 0))
+        file.truncate(kind.file_bytes)
+    crc = 0 if sparse else zlib.crc32((folder / rows_file(0)).read_bytes())
+    write_manifest(folder, Manifest(kind, {0: Generation(0, rows_file(0), kind.file_bytes, crc, kind.samples)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind(1, 1 << 22, "top-1", 6, None),  # a row of 6 bytes stands for 16 MiB
+        Kind(1, 1 << 22, "top-1x2000", 12_000, None),
+        Kind(1, 1 << 31, "top-1", 6, None),
+        Kind(1, 1 << 40, "top-1", 6, None),
+        Kind(1 << 38, 10, "top-1", 4, None),
+        Kind(1 << 26, 4, "float32", 16, {"name": "x" * 10_000}),
+    ],
+    ids=str,
+)
+def test_a_small_store_that_says_it_is_large(kind: Kind, tmp_path: Path) -> None:
+    sparse = kind.samples > 1
+    try:
+        folder = made_up(tmp_path / "store", kind, sparse)
+    except OSError:
+        pytest.skip("this file system has no files of that size")
+    found = attempt(lambda: main(["inspect", str(folder)]), seconds=30, memory=1 << 30)
+    assert not found.wrong, found
+    assert found.code == (2 if sparse or kind.width > 1 << 22 else 0), found
+    assert max(map(len, found.out.splitlines()), default=0) < 300

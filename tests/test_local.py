@@ -341,6 +341,14 @@ def test_a_language_model_is_read_by_its_last_stage(tmp_path: Path, capsys: pyte
     assert config["network"]["reading"] == 1
     assert list(summary["exits"]) == ["1", "2", "3", "mean"]  # the embedding, and two blocks
     assert run("--evaluate", tmp_path / "run", "--exit", "mean") == 0
+    for depth in (0, 1):
+        own = ["--local-head", "own", "--local-head-depth", depth, "--output-dir", tmp_path / f"own-{depth}"]
+        assert run(*small, *own, "--tokens", 5) == 0
+        exits = json.loads((tmp_path / f"own-{depth}" / "summary.json").read_text())["exits"]
+        assert list(exits) == ["1", "2", "3", "mean"]
+        for place in (1, "mean"):
+            network = f3.load(tmp_path / f"own-{depth}", exit=place).network
+            assert network(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, len(set(text.read_text())))
     budget = ["--dry-run", "--reach", 2]
     assert run(*small, *budget) == 0
     assert "FLOPs a step" in capsys.readouterr().out
@@ -365,7 +373,7 @@ def test_damaged_descriptions_are_refused(tmp_path: Path, broken: dict) -> None:
     config = json.loads(path.read_text())
     config["network"] |= broken
     path.write_text(json.dumps(config))
-    with pytest.raises(f3.InputError, match="of the network"):
+    with pytest.raises(f3.InputError, match="network"):
         f3.load(tmp_path / "run")
 
 

@@ -199,6 +199,26 @@ def test_softmax_link_goes_on_top_of_the_sigmoid() -> None:
     torch.testing.assert_close(reference.error_signal(a, target, "bce", "delayed-error", "softmax"), expected)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_a_heads_visit_is_autograds_step(loss: str, norm: bool) -> None:
+    """Of the loss of a linear reading of h, or of its layer normalisation: the head by torch.optim, and the gradient at h."""
+    target = target_for(loss, 12, 5)
+    h, weight, bias = random(12, 7).requires_grad_(), random(5, 7, seed=1), random(5, seed=2)
+    head = torch.nn.Linear(7, 5).double()
+    with torch.no_grad():
+        head.weight.copy_(weight), head.bias.copy_(bias)
+    a = head(functional.layer_norm(h, (7,)) if norm else h)
+    autograd_loss(reference.output_of(a, loss), target, loss).backward()
+    torch.optim.SGD(head.parameters(), lr=0.3).step()
+    for ops in (reference, eager):
+        w, b = weight.clone(), bias.clone()
+        states = new_state(w, SGD()), new_state(b, SGD())
+        back = ops.head_step_(h.detach(), w, b, target, loss, *states, Update(SGD(), 0.3, 1), norm)
+        for got, wanted in ((back, h.grad), (w, head.weight), (b, head.bias)):
+            torch.testing.assert_close(got, wanted.detach(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("source", reference.SOURCES)
 @pytest.mark.parametrize("link", reference.LINKS)
 @pytest.mark.parametrize("loss", reference.LOSSES)

@@ -186,7 +186,7 @@ def test_options_reach_the_trainer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hidden", "0"], "whole numbers of at least 1, got [64, 0, 10]"),
+        (["--hidden", "0"], "network.sizes[1] is 0; allowed: a whole number from 1 to"),
         (["--hidden", "many"], "'many' is not a number of units"),
         (["--lr", "-1"], "lr must be a finite number >= 0, got -1.0"),
         (["--lr", "nan"], "lr must be a finite number"),

@@ -13,13 +13,14 @@ class Visit(NamedTuple):
 
     `index [batch]`: the samples, int64, as the data set numbers them; `row [batch]`: their rows in the error store. `teach`
     is what the hidden stages learn from: the `signal`, the `target` (as a window's first visit may), or `nothing`. Of a
-    stream, `window` says which of its windows the samples are in, (pass, window).
+    stream, `window` says which of its windows the samples are in, (pass, window). `number` counts the run's visits before it.
     """
 
     index: Tensor
     row: Tensor
     teach: str = "signal"
     window: tuple[int, int] | None = None
+    number: int = 0
 
 
 class Data(Protocol):

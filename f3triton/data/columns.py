@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ class Table:
     class_names: Mapping[str, list[str]] = field(default_factory=dict)  # of ClassLabel columns
     features: Mapping[str, str] = field(default_factory=dict)  # what `datasets` calls each column: Image, Value, ...
     picked: np.ndarray | None = None
+    folders: tuple[Path, ...] | None = None  # where files are that rows may name; None: anywhere
 
     @classmethod
-    def from_dataset(cls, dataset: Any, where: str) -> Table:
+    def from_dataset(cls, dataset: Any, where: str, folders: tuple[Path, ...] | None = None) -> Table:
         """The rows of a `datasets.Dataset`; memory-mapped columns stay so."""
         features = dataset.features
         return cls(
@@ -38,6 +40,7 @@ class Table:
             where=where,
             class_names={name: list(f.names) for name, f in features.items() if type(f).__name__ == "ClassLabel"},
             features={name: type(f).__name__ for name, f in features.items()},
+            folders=folders,
         )
 
     @cached_property

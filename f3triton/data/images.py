@@ -7,6 +7,7 @@ import io
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
+from ..base.files import read_bytes
+from ..base.memory import available_memory
+from ..base.text import readable_bytes, short
 from . import cache
 from .columns import PIXELS, RaggedError, Table, dense, image_layout, kind_of, one_line
 
 DECODER_VERSION = b"1"  # part of the key of cached images: change it when the same bytes are decoded differently
 WORTH_CACHING_SECONDS = 0.5
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+LARGEST_IMAGE, LARGEST_FILE = 1 << 26, 1 << 28  # pixels, bytes
 
 
 def load_images(rows: Table, name: str, cached: bool = True) -> Tensor:
@@ -94,13 +100,23 @@ def _bytes_of(value: Any, i: int, rows: Table, name: str) -> bytes:
     data = value if value is None or isinstance(value, bytes) else value.get("bytes")
     if data is None and value is not None and value.get("path"):
         try:
-            with open(value["path"], "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise InputError(f"the image {value['path']!r} in {rows.row(i)} cannot be read: {one_line(error)}") from error
+            data = read_bytes(_inside(value["path"], rows.folders), LARGEST_FILE)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = short(one_line(error), 200)[1:-1]
+            raise InputError(f"the image {short(value['path'], 200)} in {rows.row(i)} cannot be read: {reason}") from error
     if data is None:
         raise InputError(f"column {name!r} holds no image in {rows.row(i)}; drop such rows first")
     return data
+
+
+def _inside(path: str, folders: tuple[Path, ...] | None) -> Path:
+    """Where a file is that a row names, links followed. Raises InputError where that is in none of the `folders`."""
+    if folders is None:
+        return Path(path).resolve()
+    whole = (folders[0] / path).resolve()
+    if not any(whole.is_relative_to(folder.resolve()) for folder in folders):
+        raise InputError("it is outside of the data set's folder")
+    return whole
 
 
 def _decode(data: bytes, i: int, rows: Table, name: str) -> np.ndarray:
@@ -108,7 +124,10 @@ def _decode(data: bytes, i: int, rows: Table, name: str) -> np.ndarray:
     import PIL.Image
 
     try:
-        return _pixels_of(PIL.Image.open(io.BytesIO(data)))
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)  # others may start programs
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"it has {image.width}x{image.height} pixels; allowed are {LARGEST_IMAGE:,}")
+        return _pixels_of(image)
     except Exception as error:  # on broken bytes PIL's decoders raise nearly anything
         what = "it is no image file" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
         raise InputError(f"column {name!r} holds an image that cannot be decoded in {rows.row(i)}: {what}") from error
@@ -183,6 +202,12 @@ def _stack(images: Iterable[np.ndarray], rows: Table, name: str) -> Tensor:
     out = np.empty((0, 1, 0, 0), dtype=np.uint8)
     for i, image in enumerate(images):
         channels, size = (1 if image.ndim == 2 else 3), image.shape[-2:]
+        needed, free = len(rows) * channels * size[0] * size[1], available_memory()
+        if (i == 0 or channels > out.shape[1]) and needed > free:
+            raise InputError(
+                f"column {name!r} of {rows.where} holds {len(rows):,} images of {_size(size)}, which need "
+                f"{readable_bytes(needed)}, and {readable_bytes(free)} of memory are free"
+            )
         if i == 0:
             out = np.empty((len(rows), channels, *size), dtype=np.uint8)
         if size != out.shape[2:]:

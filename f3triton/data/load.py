@@ -17,7 +17,7 @@ from .columns import Table, listed
 from .dataset import Dataset
 from .images import channel_moments, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
-from .sources import open_source
+from .sources import folders_of, open_source
 from .splits import TEST_FRACTION, TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, refuse_fraction, subset
 from .tables import Column, UnusableColumnError, encode_table, fit_column
 from .targets import Target, choose_task, encode_target, fit_target
@@ -73,7 +73,7 @@ def load_dataset(
         raise InputError(f"test_fraction (--test-fraction) is {test_fraction}; allowed: between 0 and 1, both excluded")
     check_seed(seed)
     label, splits = open_source(name, config, revision)
-    every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed)
+    every, train, test, notes = _split_rows(splits, train_split, test_split, test_fraction, seed, folders_of(name))
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
     test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
 
@@ -123,19 +123,24 @@ def _split_name(rows: Table) -> str:
 
 
 def _split_rows(
-    splits: dict[str, datasets.Dataset], train_split: str | None, test_split: str | None, fraction: float | None, seed: int
+    splits: dict[str, datasets.Dataset],
+    train_split: str | None,
+    test_split: str | None,
+    fraction: float | None,
+    seed: int,
+    folders: tuple[Path, ...] | None,
 ) -> tuple[Table, Table, Table, list[str]]:
     """All rows of the training split, the training and test rows, and notes."""
     train_name, test_name = choose_splits(splits, train_split, test_split)
     refuse_fraction(fraction, test_name)
-    every = Table.from_dataset(splits[train_name], f"split {train_name!r}")
+    every = Table.from_dataset(splits[train_name], f"split {train_name!r}", folders)
     if not len(every):
         raise InputError(f"split {train_name!r} is empty")
     if test_name is None:
         train, test = (every.select(picked) for picked in cut(len(every), fraction or TEST_FRACTION, seed))
         note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
         return every, train, test, [note]
-    test = Table.from_dataset(splits[test_name], f"split {test_name!r}")
+    test = Table.from_dataset(splits[test_name], f"split {test_name!r}", folders)
     if not len(test):
         raise InputError(f"split {test_name!r} is empty")
     return every, every, test, []

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
+from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Variant, Whole, Word, check
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, rows_from
 from .images import convert_images, load_images, match_channels
 from .tables import Column, encode_table
 from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
-from .tokens import Tokenizer
+from .tokens import TOKENIZER, Tokenizer
 
 IMAGE, TABLE, TENSORS, TEXT = "image", "table", "tensors", "text"
 FORMAT = 1  # of the JSON
@@ -176,12 +177,11 @@ class Preprocessing:
     @classmethod
     def from_json(cls, content: Any) -> Preprocessing:
         """The preprocessing that `to_json` described; InputError says what is wrong with any other content."""
-        is_text = isinstance(content, dict) and content.get("kind") == TEXT
-        content = _fields(content, {"format": int, **_TYPES, **(_OF_TEXT if is_text else {})}, "preprocessing")
-        _require(content.pop("format") == FORMAT, f"format is not {FORMAT}; it was written by another version")
-        content["target"] = Target(**_fields(content["target"], _TARGET_TYPES, "target"))
-        content["columns"] = tuple(Column(**_fields(column, _COLUMN_TYPES, "column")) for column in content["columns"])
-        if is_text:
+        check(PREPROCESSING, content, "stored preprocessing is broken: it")
+        content = {name: value for name, value in _tuples(content).items() if name != "format"}
+        content["target"] = Target(**_tuples(content["target"]))
+        content["columns"] = tuple(Column(**_tuples(column)) for column in content["columns"])
+        if content["kind"] == TEXT:
             content["tokenizer"] = Tokenizer.from_json(content["tokenizer"])
         self = cls(**content)
         self._validate()
@@ -189,10 +189,8 @@ class Preprocessing:
 
     def _validate(self) -> None:
         target = self.target
-        _require(self.kind in (IMAGE, TABLE, TENSORS, TEXT), f"kind {self.kind!r} is unknown")
-        _require(target.task in (CLASSIFICATION, REGRESSION, LANGUAGE_MODELING), f"task {target.task!r} is unknown")
         _require((self.kind == TEXT) == (target.task == LANGUAGE_MODELING), "task and kind disagree")
-        _require(all(size > 0 for size in self.shape) and target.outputs > 0, "a size is zero")
+        _require(target.outputs > 0, "target has no names")
         _statistics(target.mean, target.std, (0, target.outputs) if target.task == REGRESSION else (0,), "target")
         _require(not target.columns or len(target.classes or target.mean) == target.outputs, "target has no classes or mean")
         if self.kind == TEXT:
@@ -202,7 +200,6 @@ class Preprocessing:
             _statistics(self.mean, self.std, (self.shape[0],), "image")
         if self.kind == TABLE:
             for column in self.columns:
-                _require(column.kind in (NUMBER, BOOLEAN, VECTOR, CATEGORY), f"column kind {column.kind!r} is unknown")
                 wide = (1,) if column.kind in (NUMBER, BOOLEAN) else None
                 if column.kind == CATEGORY:
                     wide = (1,) if len(column.categories) == 2 else (0,)
@@ -273,6 +270,11 @@ def _words(value: object) -> str:
     return listed(value, 10) if isinstance(value, tuple) else str(value)
 
 
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object's lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
 def _as_lists(value: Any) -> Any:
     """Tuples as lists, as JSON would have them."""
     if isinstance(value, dict):
@@ -280,51 +282,26 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-# The JSON: a type for each field; a list of one type stands for a list of such values.
-_TARGET_TYPES = {
-    "task": str,
-    "columns": [str],
-    "names": [str],
-    "classes": [(str, int, bool)],
-    "mean": [float],
-    "std": [float],
-    "coded": bool,
-}
-_COLUMN_TYPES = {"name": str, "kind": str, "mean": [float], "std": [float], "categories": [str], "coded": bool}
-_TYPES = {
-    "kind": str,
-    "shape": [int],
-    "target": dict,
-    "image": str,
-    "mean": [float],
-    "std": [float],
-    "columns": [dict],
-    "notes": [str],
-}
-_OF_TEXT = {"text": str, "tokenizer": dict}
-
-
-def _fields(content: Any, types: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The content of a JSON object with exactly these fields, lists as tuples."""
-    _require(isinstance(content, dict), f"{what} is no object")
-    _require(set(content) == set(types), f"{what} has fields {sorted(map(str, content))}, not {sorted(types)}")
-    out = {}
-    for name, kind in types.items():
-        value = content[name]
-        many = isinstance(kind, list)
-        _require(not many or isinstance(value, list), f"{what}: {name} is no list")
-        for item in value if many else [value]:
-            allowed = kind[0] if many else kind
-            right = isinstance(item, allowed) and (allowed is not int or not isinstance(item, bool))
-            _require(right, f"{what}: {name} holds {item!r}")
-        out[name] = tuple(value) if many else value
-    return out
+# The JSON: `to_json` gives it, and `from_json` takes nothing else.
+_STATISTICS, _STRINGS = Many(FINITE), Many(STRING)
+_TARGET = Fields({"task": Word((CLASSIFICATION, REGRESSION, LANGUAGE_MODELING)), "columns": _STRINGS, "names": _STRINGS,
+                  "classes": Many(Either((STRING, Whole(-(1 << 63), 1 << 63), FLAG))), "mean": _STATISTICS, "std": _STATISTICS,
+                  "coded": FLAG})  # fmt: skip
+_COLUMN = Fields({"name": STRING, "kind": Word((NUMBER, BOOLEAN, VECTOR, CATEGORY)), "mean": _STATISTICS, "std": _STATISTICS,
+                  "categories": _STRINGS, "coded": FLAG})  # fmt: skip
+_ALWAYS = {"format": Whole(FORMAT, FORMAT), "kind": Word((IMAGE, TABLE, TENSORS, TEXT)), "shape": Many(Whole(1), 1, 8),
+           "target": _TARGET, "image": STRING, "mean": _STATISTICS, "std": _STATISTICS, "columns": Many(_COLUMN),
+           "notes": _STRINGS}  # fmt: skip
+_OF_TEXT = {"text": STRING, "tokenizer": TOKENIZER}
+PREPROCESSING = Variant(
+    "kind", {kind: Fields({**_ALWAYS, **(_OF_TEXT if kind == TEXT else {})}) for kind in (IMAGE, TABLE, TENSORS, TEXT)}
+)
 
 
 def _statistics(mean: tuple, std: tuple, lengths: tuple[int, ...] | None, what: str) -> None:
     _require(len(mean) == len(std), f"{what}: mean and std differ in length")
     _require(lengths is None or len(mean) in lengths, f"{what}: {len(mean)} statistics")
-    _require(all(map(math.isfinite, mean + std)) and all(s > 0 for s in std), f"{what}: a statistic is not finite or positive")
+    _require(all(s > 0 for s in std), f"{what}: a deviation is not positive")
 
 
 def _require(right: bool, problem: str) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.exceptions import InputError
+from ..base.text import short
 from .columns import listed, one_line
+from .json_rows import check_json
 
 BUNDLED = ("digits",)
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
@@ -51,6 +53,19 @@ def _open_source(source: Any, config: str | None, revision: str | None, streamin
     if looks_like_a_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"data set {name!r}: no such file or folder")
     return name, _hub(name, config, revision, streaming)
+
+
+def folders_of(source: Any) -> tuple[Path, ...] | None:
+    """Where the files are that rows of a source may name: its folder, and what the library has unpacked or downloaded; None,
+    that is anywhere, for a data set that the caller has loaded."""
+    if not isinstance(source, (str, Path)):
+        return None
+    import datasets
+    import huggingface_hub
+
+    path = Path(source).expanduser()
+    own = [path if path.is_dir() else path.parent] if path.exists() else [Path(huggingface_hub.constants.HF_HUB_CACHE)]
+    return (*own, Path(datasets.config.DOWNLOADED_DATASETS_PATH))
 
 
 def _none_of(what: str, **options: str | None) -> None:
@@ -100,17 +115,21 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             _none_of(f"file {name!r}", config=config)
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
+            check_json([path])
             files = glob.escape(str(path.resolve()))
-            return _load(path, reader, streaming, data_files=files, **options)
+            return _load(reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
+        check_json(path.rglob("*.*"))
+        if (path / "README.md").exists():
+            _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
-        return _load(path, str(path.resolve()), streaming, name=config, **options)
+        return _load(str(path.resolve()), streaming, name=config, **options)
 
 
-def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str, Any]:
-    """What `datasets.load_dataset` reads from a local `path`.
+def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
+    """What `datasets.load_dataset` reads from local files.
 
     Its cache takes a file for what it was while size and time are the same. Here names and content decide, noted there.
     """
@@ -118,20 +137,30 @@ def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str,
 
     if streaming:  # nothing is cached
         return dict(datasets.load_dataset(source, streaming=True, **options))
+    builder = datasets.load_dataset_builder(source, **options)
     digest = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as content:
+    for name in (name for files in (builder.config.data_files or {}).values() for name in files):
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        with open(name, "rb") as content:
             while chunk := content.read(1 << 22):
                 digest.update(chunk)
-    cached = Path(datasets.load_dataset_builder(source, **options).cache_dir)
-    note = cached / NOTE
-    same = not cached.exists() or (note.exists() and note.read_text() == digest.hexdigest())
+    note = Path(builder.cache_dir) / NOTE
+    same = not note.parent.exists() or (note.exists() and note.read_text() == digest.hexdigest())
     mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
     splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
     with contextlib.suppress(OSError):
         note.write_text(digest.hexdigest())
     return splits
+
+
+def _check_description(folder: Path, config: str | None) -> None:
+    """Raise InputError where a folder's README.md says that its data is in files outside of it."""
+    import datasets
+
+    named = datasets.load_dataset_builder(str(folder.resolve()), name=config).config.data_files or {}
+    for file in (Path(file) for files in named.values() for file in files):
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"README.md of {str(folder)!r} names the file {short(str(file), 200)}, outside of it")
 
 
 def _bounded(wanted: bool) -> dict[str, Any]:

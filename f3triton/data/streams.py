@@ -24,7 +24,7 @@ from .columns import Table
 from .dataset import Dataset
 from .load import encode
 from .preprocessing import Preprocessing
-from .sources import open_source, reading
+from .sources import folders_of, open_source, reading
 from .splits import TEST_FRACTION, choose_splits, refuse_fraction
 from .targets import CLASSIFICATION, encode_target
 
@@ -45,6 +45,7 @@ class Source:
     name: str
     split: str
     every: int | None = None
+    folders: tuple[Path, ...] | None = None  # see `Table`
 
     def read(self, state: dict[str, Any] | None = None) -> Iterator[tuple[pa.Table, dict[str, Any] | None]]:
         """(chunk, where the stream was before it) from the start, or from a place that was given so; None: not known."""
@@ -149,6 +150,7 @@ class StreamReader:
             where,
             {name: list(f.names) for name, f in features.items() if type(f).__name__ == "ClassLabel"},
             {name: type(f).__name__ for name, f in features.items()},
+            folders=self.source.folders,
         )
 
     def skip(self, rows: int) -> None:
@@ -277,14 +279,15 @@ def stream_dataset(
     train_name, test_name = choose_splits(splits, train_split, test_split)
     refuse_fraction(test_fraction, test_name)
     every = round(1 / (test_fraction or TEST_FRACTION)) if test_name is None else None
-    source = Source(splits[train_name], label, train_name, every)
+    folders = folders_of(name)
+    source = Source(splits[train_name], label, train_name, every, folders)
     first = StreamReader(source).take(statistics_rows)
     most = TEST_ROWS if max_test_samples is None else max_test_samples
     if test_name is None:
         test = StreamReader(source, held_out=True).take(most)
         notes = [f"split: every {every}th row of {train_name!r} kept for testing, {len(test):,} of them used"]
     else:
-        test, notes = StreamReader(Source(splits[test_name], label, test_name)).take(most), []
+        test, notes = StreamReader(Source(splits[test_name], label, test_name, folders=folders)).take(most), []
     for rows, split in ((first, train_name), (test, test_name or train_name)):
         if not len(rows):
             raise InputError(f"split {split!r} has no rows{' left to hold out' * (rows is test and test_name is None)}")

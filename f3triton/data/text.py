@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import listed, one_line
+from ..base.files import read_bytes
+from ..base.memory import available_memory
+from .columns import listed
 from .dataset import Dataset
 from .preprocessing import TEXT, Preprocessing
 from .sources import open_source
@@ -21,6 +23,7 @@ from .tokens import BYTES, fit_tokenizer
 if TYPE_CHECKING:
     import datasets
 
+BYTES_OF_A_CHARACTER = 32  # of a text, in memory while it is encoded: itself, its code points, their places
 TEST_FRACTION = 0.1  # of a text without a test split
 SEPARATOR = "\n"  # between the rows of a column
 
@@ -137,12 +140,9 @@ def load_text(
 def read_file(path: str | Path) -> bytes:
     """A text file's bytes. Raises InputError where it is not there or empty."""
     path = Path(path).expanduser()
-    try:
-        content = path.read_bytes()
-    except IsADirectoryError:
-        raise InputError(f"text {str(path)!r} is a folder; give a file, or a column of --dataset") from None
-    except OSError as error:
-        raise InputError(f"text {str(path)!r} cannot be read: {error.strerror or one_line(error)}") from None
+    if path.is_dir():
+        raise InputError(f"text {str(path)!r} is a folder; give a file, or a column of --dataset")
+    content = read_bytes(path.resolve(), available_memory() // BYTES_OF_A_CHARACTER)
     if not content:
         raise InputError(f"text {str(path)!r} is empty")
     return content

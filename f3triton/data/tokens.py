@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..base.exceptions import InputError
+from ..base.files import read_bytes
+from ..base.schema import STRING, Fields, Word, check
 from .columns import one_line
 
 CHARACTERS, BYTES, FILE = "characters", "bytes", "file"
 UNITS = {CHARACTERS: "character", BYTES: "byte", FILE: "token"}
-LARGEST_FILE = 1 << 28  # bytes of a tokenizer's JSON
+LARGEST_FILE = 1 << 27  # bytes of a tokenizer's JSON
+TOKENIZER = Fields({"kind": Word(tuple(UNITS)), "characters": STRING, "definition": STRING})
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,7 @@ class Tokenizer:
     @classmethod
     def from_json(cls, content: Any) -> Tokenizer:
         """Raises InputError for anything that `to_json` does not give."""
-        fields = ("kind", "characters", "definition")
-        right = isinstance(content, dict) and set(content) == set(fields) and all(isinstance(v, str) for v in content.values())
-        if not right or content["kind"] not in UNITS:
-            raise InputError("stored preprocessing is broken: the tokenizer is none")
+        check(TOKENIZER, content, "stored preprocessing is broken: its tokenizer")
         points = _code_points(content["characters"])
         if (content["kind"] == CHARACTERS) != bool(len(points)) or (np.diff(points.astype(np.int64)) <= 0).any():
             raise InputError("stored preprocessing is broken: the tokenizer's characters are not in order")
@@ -122,11 +122,9 @@ def fit_tokenizer(kind: str, texts: Sequence[str | bytes], where: str) -> Tokeni
     path = Path(kind).expanduser()
     if not path.is_file():
         raise InputError(f"tokenizer {kind!r} is no file; allowed: characters, bytes, or the JSON file of a tokenizer")
-    if path.stat().st_size > LARGEST_FILE:
-        raise InputError(f"tokenizer {kind!r} has {path.stat().st_size:,} bytes; allowed are {LARGEST_FILE:,}")
     try:
-        definition = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        definition = read_bytes(path.resolve(), LARGEST_FILE).decode()
+    except ValueError as error:
         raise InputError(f"tokenizer {kind!r} cannot be read: {one_line(error)}") from None
     tokenizer = Tokenizer(FILE, definition=definition)
     tokenizer._made.append(_read_definition(definition, f"tokenizer {kind!r}"))

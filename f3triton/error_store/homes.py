@@ -9,6 +9,7 @@ import torch
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.memory import available_memory
 from ..base.text import readable_bytes
 from .codecs import Codec
 from .disk.file import FileStore
@@ -46,16 +47,6 @@ def pick_home(home: str | Path, needed: int, device: torch.device) -> str:
             )
         return "memory"
     return "memory" if device.type == "cpu" else home
-
-
-def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping; all there is, where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
 
 
 def check_home(home: str, samples: int, codec: Codec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.exceptions import InputError
 from .store import ErrorStore, Rows
 
 FILL = 1 << 24  # bytes of rows that are made at a time, about
@@ -58,6 +59,10 @@ class MemoryStore(ErrorStore):
         return {"rows": self.encoded.cpu(), "visited": self.visited.cpu()}
 
     def restore(self, state: dict[str, Tensor], epoch: int) -> None:
+        """Raises InputError where the state is of another store."""
+        for name, mine in (("rows", self.encoded), ("visited", self.visited)):
+            if name not in state or (state[name].shape, state[name].dtype) != (mine.shape, mine.dtype):
+                raise InputError(f"the state does not belong to this error store: its {name}")
         self.encoded.copy_(state["rows"])
         self.visited.copy_(state["visited"])
         self.epoch = epoch

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ..network.head import Head
 from ..network.sequential import Sequential
 from ..network.stage import Stage
 from ..network.updater import Step
+from .narrow import Ending, Narrow
 
 
 class Local:
@@ -25,12 +28,15 @@ class Local:
 
     Its `heads` are those of every hidden stage but the last, whose head is the output. With `reading`, so many last stages, the
     output among them, read every earlier stage's output; that does not change them, and they learn together, from the output.
-    `reach`: see above.
+    `reach`: see above. `narrow`: what a reading looks at; other than everything only where each token has its own target, and
+    candidates with the network's own last stages as readers only.
     """
 
-    def __init__(self, loss: str, model: Sequential, reach: int = 1) -> None:
-        self.loss, self.heads, self.reach = loss, model.heads, reach
+    def __init__(self, loss: str, model: Sequential, reach: int = 1, narrow: Narrow | None = None) -> None:
+        self.loss, self.heads, self.reach, self.narrow = loss, model.heads, reach, narrow or Narrow()
         self.reader = list(model.stages[len(model) - model.reading :])
+        self.direct = not self.reader and all(isinstance(head, Head) for head in model.heads or ())
+        self.ending = Ending(self.reader[-1]) if self.reader and not self.narrow.all else None
         self.read = model.read  # so many hidden stages are read; those behind them learn from the output
 
     def begin(self, target: Tensor, step: Step) -> Hearing:
@@ -39,13 +45,25 @@ class Local:
 
     def gradient(self, place: int, h: Tensor, target: Tensor, step: Step) -> Tensor:
         """The gradient at the output `h [M, ...]` of the hidden stage in that place; a head of its own is updated."""
+        if self.direct:
+            if self.narrow.all:
+                return self.heads[place].visit(h, target, self.loss, step)
+            rows = h.flatten(0, -2)  # [M, N]
+            which, _ = self.narrow.draw(len(rows), target.shape[-1], h.device, step.number, place)
+            read = self.heads[place].visit(rows[which][:, None], target[which], self.loss, step)
+            return torch.zeros_like(rows).index_copy_(0, which, read.flatten(0, 1)).view(h.shape)
         path: Sequence[Stage] = self.reader or [self.heads[place]]
         a, passed = h, []
-        for part in path:
+        for part in path if self.ending is None else path[:-1]:
             a, kept = part.keep(a, step, wants_input=True)
             passed.append((part, kept))
-        rows = a.flatten(0, -2).to(target.dtype)  # [M, C]
-        gradient = step.ops.output_step(rows, target, self.loss, "none")[0].view(a.shape)
+        rows = a.flatten(0, -2)  # [M, C], or what the ending reads
+        if self.ending is None:
+            gradient = step.ops.output_step(rows.to(target.dtype), target, self.loss, "none")[0].view(a.shape)
+        else:
+            which, chosen = self.narrow.draw(len(rows), target.shape[-1], h.device, step.number, place)
+            read = self.ending.gradient(rows[which], target[which], chosen, self.loss, step)
+            gradient = torch.zeros_like(rows).index_copy_(0, which, read).view(a.shape)
         for part, kept in reversed(passed):
             gradient = part.back(kept, gradient, step) if self.reader else part.finish(kept, gradient, step, wants_input=True)
         return gradient

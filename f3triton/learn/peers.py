@@ -20,7 +20,7 @@ from ..network.updater import Arithmetic, Updater, torch_optimizer
 from .local import Local
 from .loss import mean_loss
 from .signal import Signal
-from .step import F3Learner, Learner, Output
+from .step import Augment, F3Learner, Learner, Output
 
 
 class _Backward:
@@ -28,6 +28,7 @@ class _Backward:
 
     signal: Signal | None = None
     store: ErrorStore | None = None
+    augment: Augment | None = None
 
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`."""
@@ -49,6 +50,7 @@ class BackpropLearner(_Backward):
         if visit.window is not None:
             self.data.load(visit.window)
         x, target = batch(self.data, visit.index, self.dtype, self.device)  # [batch, ...], [M, C]
+        x = x if self.augment is None else self.augment(x, visit.number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.steps += 1
@@ -123,6 +125,7 @@ class FeedbackAlignmentLearner(_Backward):
             self.data.load(visit.window)
         stages, step = list(self.model.stages), self.updater.begin(lr)
         x, target = batch(self.data, visit.index, self.dtype, self.device)
+        x = x if self.augment is None else self.augment(x, visit.number)
         kept_stages = []
         for stage in stages:
             x, kept = stage.keep(x, step)

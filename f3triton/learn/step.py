@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
@@ -31,12 +32,16 @@ class Output(NamedTuple):
     sample_hits: Tensor | None = None
 
 
+Augment = Callable[[Tensor, int], Tensor]  # of a batch `[batch, ...]` at the visit of that number
+
+
 class Learner(Protocol):
     """A way to learn from visits, with the loss of that name."""
 
     loss: str
     signal: Signal | None  # None: the error goes backward
     store: ErrorStore | None  # where the signal is delayed
+    augment: Augment | None  # how inputs are seen at a visit
 
     def visit(self, visit: Visit, lr: float) -> Output:
         """Learn from a batch of samples."""
@@ -64,6 +69,8 @@ class F3Learner:
     `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. Raises ValueError for a delayed signal
     without a store: it would learn from targets only.
     """
+
+    augment: Augment | None = None
 
     def __init__(
         self,
@@ -98,6 +105,7 @@ class F3Learner:
 
     def _visit(self, visit: Visit, lr: float | Tensor) -> Output:
         x, target = batch(self.data, visit.index, self.dtype, self.device)  # [batch, ...], [M, C]
+        x = x if self.augment is None else self.augment(x, visit.number)
         row = self.signal.before(visit, target, self.store)  # [M, R]; None: not known yet
         hidden = visit.teach != "nothing" and self.signal.source != "none"
         output, left = self.learn(x, target, row, hidden, lr)
@@ -151,7 +159,7 @@ class F3Learner:
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`: where all stages are Linear, and data and errors are on the device."""
         linear = all(isinstance(stage, Linear) for stage in self.model.stages)
-        if linear and self.data.device == self.device and (self.store is None or self.store.on_device):
+        if linear and self.augment is None and self.data.device == self.device and (self.store is None or self.store.on_device):
             self.graphs = {
                 teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
             }

@@ -6,20 +6,26 @@ from it again.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Protocol
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.schema import ANYTHING, FINITE, FLAG, Either, Fields, Many, Variant, Whole, Word, check, maybe
+from ..base.text import short
 from ..data.targets import LANGUAGE_MODELING
+from ..kernels.reference import ACTIVATIONS
 from ..network.feedback import Feedback
+from ..network.linear import NORMS as LINEAR_NORMS
 from ..network.sequential import Sequential
+from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
+from .convnet import NORMS as CONV_NORMS
 from .convnet import ConvNet
 from .gpt import GPT
 from .mlp import MLP
-from .vit import ViT
+from .transformer import GRANULARITIES, NORMS
+from .vit import EMBEDDINGS, POOLS, ViT
 
 MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNet, "gpt": GPT}
 # The options that each kind of network has beside `activation`, and their values where they are not given.
@@ -30,10 +36,31 @@ OPTIONS: dict[str, dict[str, object]] = {
     "mlp": {"hidden": [500], "feedback_shape": "full", "norm": None, "residual": False},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
     "gpt": {**_TRANSFORMER, **_GPT},
-    "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full"},
+    "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full", "norm": "none"},
 }
-HEADS = {"shapes", "outputs", "positions", "depth"}
-LARGEST = 1 << 40  # of any number in a description
+LAYERS = 1000  # at most: each is made before anything is known of its weights
+
+_SIZE, _LAW = Whole(1), Word(FEEDBACK_SHAPES)
+_LOCAL = {
+    "reading": Whole(),
+    "exits": Fields({"shapes": Many(Many(_SIZE, 1, 3), 0, LAYERS), "outputs": _SIZE, "positions": _SIZE, "depth": Whole()}),
+}
+_ANY = {"model": Word(tuple(MODELS)), "activation": Word(ACTIVATIONS), "feedback_shape": _LAW, **_LOCAL}
+_BLOCKS = {"depth": Whole(1, LAYERS), "heads": _SIZE, "dim": _SIZE, "head_dim": maybe(_SIZE), "mlp_width": maybe(_SIZE),
+           "dropout": FINITE, "granularity": Word(GRANULARITIES), **_ANY}  # fmt: skip
+_GPT_HAS = {"tied": FLAG, "feedback_at": Word(FEEDBACK_AT), **_BLOCKS}
+_VIT_HAS = {"patch_size": _SIZE, "embedding": Word(EMBEDDINGS), "positions": FLAG, "pool": Word(POOLS),
+            "norm": Word(tuple(NORMS)), **_BLOCKS}  # fmt: skip
+_CONV_HAS = {"channels": Many(_SIZE, 1, LAYERS), "kernel_size": _SIZE, "hidden": Many(_SIZE, 0, LAYERS),
+             "norm": Word(CONV_NORMS), **_ANY}  # fmt: skip
+# What a description may hold: what it needs, and what else its class takes.
+NETWORK = Variant("model", {
+    "mlp": Fields({"sizes": Many(_SIZE, 2, LAYERS)}, {"bias": FLAG, "norm": Word(LINEAR_NORMS), "residual": FLAG, **_ANY}),
+    "vit": Fields({"image_size": Either((_SIZE, Many(_SIZE, 2, 2))), "channels": _SIZE, "classes": _SIZE}, _VIT_HAS),
+    "gpt": Fields({"vocabulary": Whole(2), "context": Whole(2)}, _GPT_HAS),
+    "convnet": Fields({"image": Many(_SIZE, 3, 3), "classes": _SIZE}, _CONV_HAS),
+})  # fmt: skip
+_NOT_SETTINGS = {"model", *_LOCAL}
 
 
 class Samples(Protocol):
@@ -109,28 +136,18 @@ def build(description: Mapping[str, object], feedback: str | Feedback = "trinomi
     """The network of a description. Raises InputError for one that is not of the form that `describe` gives,
     MemoryError where there is not enough.
     """
-    kind = description.get("model")
-    if kind not in MODELS:
-        raise InputError(f"the network {kind!r} cannot be built; known: {', '.join(MODELS)}")
-    settings = {name: value for name, value in description.items() if name not in ("model", "exits", "reading")}
-    known = inspect.signature(MODELS[kind]).parameters
-    for name, value in settings.items():
-        if name not in known or name in ("feedback", "seed"):
-            raise InputError(f"the network {kind!r} has no {name!r}; it has: {', '.join(known)}")
-        for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, int | float | str | bool | None) or (isinstance(number, int) and abs(number) > LARGEST):
-                raise InputError(
-                    f"{name} of the network {kind!r} is {value!r}; allowed: numbers up to {LARGEST}, words, lists of them"
-                )
-    if settings.get("depth") is not None and not 1 <= settings["depth"] <= 10_000:
-        raise InputError(f"depth of the network {kind!r} is {settings['depth']}; allowed: 1 to 10000")
+    check(NETWORK, description, "network")
+    kind = description["model"]
+    settings = {name: value for name, value in description.items() if name not in _NOT_SETTINGS}
     try:
         network = MODELS[kind](**settings, feedback=feedback)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
         if "allocate memory" in str(error):
             raise MemoryError from None
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"the network {kind!r} cannot be built from {settings}: {reason}") from None
+        reason = short((str(error).splitlines() or [""])[0], 200)[1:-1]
+        raise InputError(f"the network {kind!r} cannot be built from {short(settings, 200)}: {reason}") from None
     add_readings(network, description)
     return network
 
@@ -138,22 +155,11 @@ def build(description: Mapping[str, object], feedback: str | Feedback = "trinomi
 def add_readings(network: Sequential, description: Mapping[str, object]) -> None:
     """The heads, or the shared reading, of a network that has learned from local errors. Raises InputError for a description
     that is not of the form that `Sequential.readings` gives."""
-    heads, reading, hidden = description.get("exits"), description.get("reading", 0), len(network.stages) - 1
-    if not isinstance(reading, int) or not 0 <= reading <= hidden:
-        raise InputError(f"reading of the network is {reading!r}; allowed: whole numbers from 0 to {hidden}")
-    network.reading = reading
+    heads, hidden = description.get("exits"), len(network.stages) - 1
+    check(Whole(0, hidden), description.get("reading", 0), "network.reading")
+    network.reading = description.get("reading", 0)
     if heads is None:
         return
-
-    def whole(value: object, low: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST
-
-    shapes = heads.get("shapes") if isinstance(heads, dict) and set(heads) == HEADS else None
-    fits = (
-        isinstance(shapes, list)
-        and len(shapes) == hidden
-        and all(isinstance(shape, list) and 1 <= len(shape) <= 3 and all(whole(size, 1) for size in shape) for shape in shapes)
-    )
-    if not fits or not (whole(heads["outputs"], 1) and whole(heads["positions"], 1) and whole(heads["depth"], 0)):
-        raise InputError(f"exits of the network are {str(heads)[:80]!r}; needed: {', '.join(sorted(HEADS))} of {hidden} stages")
+    check(Many(ANYTHING, hidden, hidden), heads["shapes"], "network.exits.shapes")
+    check(Whole(0, 10 * LAYERS // max(hidden, 1)), heads["depth"], "network.exits.depth")
     network.add_heads(**heads)

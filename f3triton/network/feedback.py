@@ -80,6 +80,8 @@ class Feedback:
             check_word("feedback scale", self.scale, SCALE_WORDS, "or a number")
         elif not math.isfinite(self.scale):
             raise InputError(f"feedback scale must be a finite number or one of {', '.join(SCALE_WORDS)}, got {self.scale}")
+        else:
+            object.__setattr__(self, "scale", float(self.scale))
 
     def draw(self, outputs: int, features: int, seed: int) -> Tensor:
         """`B [outputs, features]` in float32 on the CPU: the same for the same sizes and seed, whatever was drawn before.

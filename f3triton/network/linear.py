@@ -13,7 +13,7 @@ from ..base.exceptions import InputError
 from ..kernels import eager
 from ..kernels.reference import ACTIVATIONS
 from .feedback import Feedback
-from .stage import NORM_EPS, Stage, through_norm
+from .stage import Stage
 from .updater import Step
 
 # the input `[rows, K]`, what the slope comes from `[rows, N]`, and the input's own shape
@@ -84,7 +84,7 @@ class Linear(Stage):
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         """What the stage gives for an activation `h`, normalised and added to its input `x`."""
         if self.norm == "layer":
-            h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS)
+            h = eager.normalise(h)
         return x + h if self.residual else h
 
     def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
@@ -130,7 +130,7 @@ class Linear(Stage):
         """The gradient `[rows, N]` at the product, for one at the stage's output."""
         gradient = gradient.reshape(kept[1].shape).to(kept[1].dtype)
         if self.norm == "layer":
-            gradient = through_norm(gradient, self._activation(kept))
+            gradient = eager.through_norm(gradient, self._activation(kept))
         return eager.times_slope(gradient, kept[1], self.activation)
 
     def _update(self, kept: Kept, gradient: Tensor, step: Step, wants_input: bool = False) -> Tensor | None:

@@ -20,9 +20,6 @@ FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
 FEEDBACK_AT = ("output", "normalised")
 
 
-NORM_EPS = 1e-5
-
-
 def not_shared(feedback_shape: str) -> str:
     """The feedback shape of a stage whose outputs are no tokens or pixels: stored or not, as in the others."""
     return "generated" if feedback_shape.endswith("generated") else "full"
@@ -109,7 +106,7 @@ class Stage(Part):
         the number of outputs, or the rank of the errors.
         """
         signal = self._project(row, h, scale)
-        return signal if self.feedback_at == "output" else through_norm(signal, h)
+        return signal if self.feedback_at == "output" else eager.through_norm(signal, h)
 
     def _project(self, error: Tensor, h: Tensor, scale: float) -> Tensor:
         matrix, tokens = self.feedback, h.numel() // len(error)  # what one error row has to teach
@@ -152,12 +149,3 @@ class Stage(Part):
     def back(self, kept: object, gradient: Tensor, step: Step) -> Tensor:
         """The gradient at the input of a forward pass that was kept with `wants_input`; nothing is updated."""
         raise InputError(f"a {type(self).__name__} passes no gradient to the stage before it; its errors cannot be local")
-
-
-def through_norm(gradient: Tensor, h: Tensor) -> Tensor:
-    """The gradient at `h [..., N]` for one at its layer normalisation over the last dimension."""
-    shape = [h.shape[-1]]
-    h = h.contiguous()
-    _, mean, deviation = torch.ops.aten.native_layer_norm(h, shape, None, None, NORM_EPS)
-    backward = torch.ops.aten.native_layer_norm_backward
-    return backward(gradient.contiguous(), h, shape, mean, deviation, None, None, [True, False, False])[0]

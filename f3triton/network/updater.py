@@ -107,6 +107,12 @@ class Step:
         states = self._weight(layer.weight), self._state(layer.bias)
         return operation(layer.weight, layer.bias, delta, x, *states, self.update)
 
+    def read(self, layer: Layer, h: Tensor, target: Tensor, loss: str, norm: bool) -> Tensor:
+        """The gradient at `h [rows, N]` of a head's reading of it, and the head's update; see `reference.head_step_`."""
+        states = self._weight(layer.weight), self._state(layer.bias)
+        h = h if self.compute_dtype is None else h.to(self.compute_dtype)
+        return self.ops.head_step_(h, layer.weight, layer.bias, target, loss, *states, self.update, norm)
+
     def input_gradient(self, layer: Layer, delta: Tensor) -> Tensor:
         """`delta W  [rows, K]`, and no update."""
         weight = layer.weight if layer.weight not in self._states else self._weight(layer.weight).shadow

@@ -114,16 +114,19 @@ def estimate(
     )
 
 
-def with_local(budget: Budget, network: Sequential, x: Tensor, reach: int) -> Budget:
+def with_local(
+    budget: Budget, network: Sequential, x: Tensor, reach: int, share: float = 1.0, candidates: int | None = None
+) -> Budget:
     """The budget of local errors for batches like `x [M, ...]`, on the meta device: with the readings of hidden stages, and the
     gradients that go back through `reach` stages.
 
-    A reading costs its products forward and back, and a head of a stage's own its weight gradient too. Every further stage of
-    the reach costs the products of its input's gradient, and has its activations alive.
+    A reading costs its products forward and back, and a head of a stage's own its weight gradient too; where it looks at a
+    `share` of the positions, that share, and of the last linear layer's products with `candidates` their share of the classes.
+    Every further stage of the reach costs the products of its input's gradient, and has its activations alive.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    flops, h = budget.flops, x
+    flops, h, reads = budget.flops, x, 0
     for place, stage in enumerate(network.stages[:-1]):
         with FlopCounterMode(display=False) as own, torch.no_grad():
             h = stage(h)
@@ -131,9 +134,13 @@ def with_local(budget: Budget, network: Sequential, x: Tensor, reach: int) -> Bu
         if place < network.read:
             with FlopCounterMode(display=False) as reading, torch.no_grad():
                 network.answer(place, h)
-            flops += (2 if network.reading else 3) * reading.get_total_flops()
+            reads += 1
+            flops += 2 * reading.get_total_flops() if network.reading else round(3 * share * reading.get_total_flops())
     with FlopCounterMode(display=False) as own, torch.no_grad():
-        network[-1](h)
+        a = network[-1](h)
+    if network.reading:
+        narrow = share * (1 if candidates is None else (candidates + 1) / a.shape[-1])
+        flops -= round(2 * reads * (1 - narrow) * own.get_total_flops())
     flops += own.get_total_flops()  # the output's gradient goes back too
     memory = budget.memory | {"activations": reach * budget.memory["activations"]}
     return replace(budget, flops=flops, memory=memory)

@@ -25,6 +25,10 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.faults import fault
+from ..base.files import read_object, size_of
+from ..base.memory import available_memory
+from ..base.schema import ANY_OBJECT, ANYTHING, NUMBER, STRING, Fields, Many, Whole, check, maybe
+from ..base.text import readable_bytes, short
 
 # In the order in which a checkpoint meets them (see `errors.faults`).
 CHECKPOINT_LABELS = (
@@ -42,8 +46,39 @@ CHECKPOINT_LABELS = (
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 NAME = re.compile(r"step-(\d{12})")
-LARGEST_JSON = 1 << 28  # bytes; records of very long runs have a few million
 CHUNK = 1 << 22
+
+_FILE = Fields({"bytes": Whole(), "sha256": STRING})
+_MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE})})
+# What `state.json` holds: where the run is, its records, and what its parts give (see `state`).
+_TALLY = {
+    "sizes": Many(Whole()),
+    "waiting": Many(Whole()),
+    "samples": Whole(),
+    "total": STRING,
+    "hits": Whole(),
+    "batches": Whole(),
+}
+_STREAM = {"pass": Whole(), "block": Whole(), "hash": STRING}
+_READER = {"rows": Whole(), "stream": maybe(ANY_OBJECT), "chunk": Whole(), "taken": Whole()}
+_RECORD = {"epoch": NUMBER, "step": Whole(), "lr": NUMBER, "learning_seconds": NUMBER}
+_HISTORY = Many(Fields(_RECORD, {"test_mse_in_units": Fields({}, others=NUMBER)}, others=NUMBER))
+STATE_HOLDS = Fields(
+    {
+        "settings": Fields({}, {"feedback": Many(STRING)}, others=ANYTHING),
+        "epoch": Whole(),
+        "steps": Whole(),
+        "epochs_done": Whole(),
+        "learning_seconds": NUMBER,
+        "history": _HISTORY,
+    },
+    {
+        "format": Whole(FORMAT, FORMAT),
+        "tally": Fields(_TALLY),
+        "store_epoch": Whole(),
+        "stream": maybe(Fields({**_STREAM, "reader": Fields(_READER)})),
+    },
+)
 
 
 @dataclass
@@ -228,51 +263,33 @@ def newest(folder: Path, warn: Any) -> Snapshot | None:
 
 
 def read(folder: Path) -> Snapshot:
-    """A checkpoint, after sizes and hashes have been compared. Raises InputError for one that is not sound."""
-    manifest = _json(folder / MANIFEST, folder)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"checkpoint {str(folder)!r} has the format {manifest.get('format')!r}; this version reads {FORMAT}")
-    if not isinstance(files, dict) or set(files) != {TENSORS, STATE}:
-        raise InputError(f"checkpoint {str(folder)!r} is damaged: its manifest does not name {TENSORS} and {STATE}")
-    for name, told in files.items():
-        path = folder / name
-        if not isinstance(told, dict) or path.is_symlink() or not path.is_file():
-            raise InputError(f"checkpoint {str(folder)!r} is damaged: {name} is missing")
-        if path.stat().st_size != told.get("bytes"):
-            raise InputError(
-                f"checkpoint {str(folder)!r} is damaged: {name} has {path.stat().st_size} bytes, not {told.get('bytes')}"
-            )
-        if sha256(path) != told.get("sha256"):
-            raise InputError(f"checkpoint {str(folder)!r} is damaged: the content of {name} is not what was written")
-    state = _json(folder / STATE, folder)
+    """A checkpoint, after sizes and hashes have been compared, and its state with what `STATE` says. Raises InputError for one
+    that is not sound."""
     try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
+        manifest = read_object(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"it has the format {short(manifest.get('format'))}; this version reads {FORMAT}")
+        check(_MANIFEST, manifest, f"its {MANIFEST}")
+        for name, told in manifest["files"].items():
+            if (size := size_of(folder / name)) != told["bytes"]:
+                raise InputError(f"{name} has {size} bytes, not {told['bytes']}")
+            if sha256(folder / name) != told["sha256"]:
+                raise InputError(f"the content of {name} is not what was written")
+        if size_of(folder / TENSORS) > (free := available_memory()):
+            raise InputError(f"{TENSORS} does not fit into the {readable_bytes(free)} of memory that are free")
+        state = read_object(folder / STATE, nan=True)
+        check(STATE_HOLDS, state, STATE)
+        if folder.name != f"step-{state['steps']:012d}":
+            raise InputError(f"{STATE} is that of step {state['steps']}")
+        return Snapshot(load_file(folder / TENSORS), state)
+    except (InputError, OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(folder)!r} is damaged: {error}") from None
-    return Snapshot(tensors, state)
-
-
-def _json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
-            raise InputError(
-                f"checkpoint {str(folder)!r} is damaged: {path.name} is a link, or larger than {LARGEST_JSON} bytes"
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"checkpoint {str(folder)!r} is damaged: {path.name} cannot be read ({type(error).__name__})"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint {str(folder)!r} is damaged: {path.name} holds no JSON object")
-    return content
 
 
 def peek(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint that may be damaged; empty where it cannot be read."""
     try:
-        return _json(folder / STATE, folder)
+        return read_object(folder / STATE, nan=True)
     except InputError:
         return {}
 
@@ -280,7 +297,7 @@ def peek(folder: Path) -> dict[str, Any]:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Settings that are not what they were, a phrase each."""
     return [
-        f"{name.replace('_', ' ')} was {then.get(name)!r} and is {now.get(name)!r}"
+        f"{short(name.replace('_', ' '))[1:-1]} was {short(then.get(name), 300)} and is {short(now.get(name), 300)}"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     ]

@@ -11,6 +11,8 @@ Figures of a stage, at each call:
 - `rank`: effective rank of its error signal `[M, units]`: the exponential of the entropy of its singular values
   (Roy and Vetterli 2007); it cannot exceed C
 - `moved`: norm of the change of its parameters since the last call over their norm
+- `readable`, with local errors: percent of the samples (or tokens) that its own reading gets right, and `adds`, how many points
+  more that is than what the stage before it says. Their `angle` is that of the readings' gradient
 
 And of the error, where it is delayed: `error_cosine` of the stored error and the present one, and `sign_flips`, the share of
 entries that changed sign: how stale it is.
@@ -34,7 +36,9 @@ from ..data import Dataset, StreamDataset
 from ..kernels.reference import error_signal
 from ..learn.loss import mean_loss
 from ..learn.step import Learner
+from ..network.head import Head
 from ..network.linear import Linear
+from ..network.sequential import Sequential
 from .curves import FEW, new_figure, plain_axes, save, scale_values
 from .trainer import Trainer
 
@@ -72,7 +76,7 @@ class Diagnostics:
         found: Record = {"epoch": record["epoch"]}
         error, stored = None, None
         signal = learner.signal
-        if signal is not None and signal.source != "none":
+        if signal is not None and not signal.local and signal.source != "none":
             error = error_signal(output, target, loss, signal.source, signal.link)
             error = signal.kept(error, target)  # [M, R], the present one
             stored = self._taught_by(learner, target, error)
@@ -80,6 +84,11 @@ class Diagnostics:
                 found |= _staleness(stored, error)
             stored = signal.taught(stored, target)
         self.last_error = error
+        if signal is not None and signal.local:
+            self._local_figures(found, twin, features, exact, target)
+            self._warn(found, learner)
+            self.records.append(found)
+            return
         found["stages"] = [
             self._stage(position, twin, features, exact[position], stored, target) for position in range(len(twin.stages))
         ]
@@ -126,6 +135,30 @@ class Diagnostics:
                 matrix = projection.to(product.dtype) @ matrix  # [C, N]
             figures["weights_angle"] = angle(-matrix.flatten(), product.flatten())
         return figures
+
+    def _local_figures(
+        self, found: Record, twin: Sequential, features: list[Tensor], exact: list[Tensor], target: Tensor
+    ) -> None:
+        """Figures of the stages of a network that learns from its own readings."""
+        found["stages"], before = [], None
+        for position, stage in enumerate(twin.stages):
+            figures = self._stage(position, twin, features, exact[position], None, target)
+            if position < len(twin) - 1 and next(stage.parameters(), None) is not None:
+                own = _local_gradient(
+                    twin, position, features[position], target, self.trainer.settings.reach, self.trainer.learner.loss
+                )
+                figures |= {"angle": angle(own, exact[position])}
+                figures["norm_ratio"] = float(own.norm() / exact[position].norm().clamp_min(1e-30))
+            answers = position < twin.read or position == len(twin) - 1
+            if answers and self.train.task != "regression":
+                with torch.no_grad():
+                    h = features[position + 1]
+                    a = (h if position == len(twin) - 1 else twin.answer(position, h)).flatten(0, -2)
+                figures["readable"] = 100 * float((a.argmax(1) == target.argmax(1)).double().mean())
+                if before is not None:
+                    figures["adds"] = figures["readable"] - before
+                before = figures["readable"]
+            found["stages"].append(figures)
 
     def _warn(self, found: Record, learner: object) -> None:
         hidden_learn = learner.signal is None or learner.signal.source != "none"
@@ -201,6 +234,34 @@ def _own_gradient(stage: nn.Module, x: Tensor, signal: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in flat])
 
 
+def _local_gradient(twin: Sequential, position: int, x: Tensor, target: Tensor, reach: int, loss: str) -> Tensor:
+    """What the update rule gets from local errors for the stage in that position with input `x`, flat (see `learn.local`)."""
+    hidden, last = list(twin.stages[:-1]), position + reach - 1  # the last stage whose reading it hears
+    parameters = [p for p in hidden[position].parameters() if p.requires_grad]
+    with torch.enable_grad():
+        h, total = x.detach(), torch.zeros((), dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
+        for place in range(position, len(hidden) if last >= twin.read else last + 1):
+            h = hidden[place](h)
+            if place < twin.read and place <= last:
+                total = total + _reading_loss(twin, place, h, target, loss)
+        if last >= twin.read:
+            total = total + mean_loss(twin.stages[-1](h).flatten(0, -2), target, loss)
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    return torch.cat([g.flatten() for g in flat])
+
+
+def _reading_loss(twin: Sequential, place: int, h: Tensor, target: Tensor, loss: str) -> Tensor:
+    """A scalar whose gradient at `h` is that of the reading in that place, which random feedback makes another one."""
+    value = mean_loss(twin.answer(place, h).flatten(0, -2), target, loss)
+    head = None if twin.heads is None else twin.heads[place]
+    if not isinstance(head, Head) or not head.random:
+        return value
+    a = head(h).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(mean_loss(a, target, loss), a)
+    return (head.normal_rows(h) * (gradient @ head.feedback_matrix.to(gradient.dtype))).sum()
+
+
 def _staleness(stored: Tensor, present: Tensor) -> dict[str, float]:
     cosine = float((stored.flatten() @ present.flatten()) / (stored.norm() * present.norm()).clamp_min(1e-30))
     return {"error_cosine": cosine, "sign_flips": float((stored.sign() * present.sign() < 0).double().mean())}
@@ -212,6 +273,7 @@ PANELS = {
     "norm_ratio": "norm of the update over that of the gradient",
     "rank": "effective rank of the error signal",
     "separability": "right by a linear readout, percent",
+    "readable": "right by the stage's own head, percent",
     "moved": "change of the parameters, relative",
 }
 
@@ -227,7 +289,15 @@ def draw(records: list[Record], path: Path) -> None:
     epochs = [record["epoch"] for record in records]
     stages = len(records[0]["stages"])
     named = {round(position * (stages - 1) / 5) for position in range(6)}  # six in the legend tell the scale
-    for axes, (name, title) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+    panels = {
+        name: title
+        for name, title in PANELS.items()
+        if any(stage.get(name) is not None for record in records for stage in record["stages"])
+    }
+    places = list(figure.subplots(2, 3).flat)
+    for axes in places[len(panels) :]:
+        axes.axis("off")
+    for axes, (name, title) in zip(places, panels.items(), strict=False):
         drawn = []
         for position in range(stages):
             line = [record["stages"][position].get(name) for record in records]
@@ -246,10 +316,7 @@ def draw(records: list[Record], path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epoch")
         plain_axes(axes)
-        if not drawn:
-            axes.axis("off")
-            axes.text(0.5, 0.5, "no value in this network", transform=axes.transAxes, ha="center", color="#6b6b6b")
-    handles, labels = figure.axes[-1].get_legend_handles_labels()  # every stage that learns has moved
+    handles, labels = places[len(panels) - 1].get_legend_handles_labels()  # every stage that learns has moved
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     save(figure, path)
 
@@ -261,6 +328,11 @@ def summary_lines(diagnostics: Diagnostics) -> list[str]:
     last = diagnostics.records[-1]
     angles = [f"{s['angle']:.0f}" for s in last["stages"] if s.get("angle") is not None]
     lines = [f"angle of the update to the true gradient, by stage, degrees: {', '.join(angles)}"] if angles else []
+    reads = [
+        f"{s['readable']:.1f}" + (f" ({s['adds']:+.1f})" if "adds" in s else "") for s in last["stages"] if "readable" in s
+    ]
+    if reads:
+        lines.append(f"right by each stage's own head, percent (and what it adds): {', '.join(reads)}")
     if "error_cosine" in last:
         flips = f"{last['sign_flips']:.1%}"
         lines.append(f"stored error against the present one: cosine {last['error_cosine']:.2f}, signs flipped {flips}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..base.device import pick_device
 from ..base.exceptions import InputError
-from ..base.precision import matmul_precision, resolve_precision
+from ..base.precision import matmul_precision
 from ..data.identity import digest
 from .console import shown
 from .folder import read_json
-from .options import from_json
+from .options import from_json, make_settings
 from .parts import load_data
 from .predictor import load
 from .records import test_record
@@ -30,16 +29,17 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
         raise InputError(f"--evaluate takes the run's own settings ({allowed}), got {refused[0]}")
     path = Path(options.evaluate).expanduser()
     config, summary = read_json(path, "config.json"), read_json(path, "summary.json")
+    stored = from_json(config.get("options"))
+    stored.device = options.device if "--device" in typed else stored.device
+    settings = make_settings(stored)
     place = None if options.exit is None else int(options.exit) if options.exit.isdecimal() else options.exit
     predictor = load(path, exit=place)
-    stored = from_json(config.get("options"))
-    device = pick_device(options.device if "--device" in typed else stored.device)
     _, test_set = load_data(stored, predictor.preprocessing)
     same = summary.get("test_data", digest(test_set)) == digest(test_set)  # once, it was not noted
+    device, dtype = settings.resolved_device, settings.types.products
     network = predictor.network.to(device)
-    compute_dtype = resolve_precision(stored.precision, device, stored.method).products
-    with matmul_precision(stored.precision):
-        figures = evaluate(network, test_set.to(device), predictor.loss, stored.eval_batch_size, device, compute_dtype)
+    with matmul_precision(settings.precision):
+        figures = evaluate(network, test_set.to(device), predictor.loss, settings.eval_batch_size, device, dtype)
     found = test_record(test_set, figures)
     lines = [] if same else ["the test data are not those of the run: other rows, or other values"]
     for name in shown(found):

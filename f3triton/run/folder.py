@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -16,7 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..base.exceptions import InputError
-from ..models.build import build
+from ..base.files import read_object, size_of
+from ..base.memory import available_memory
+from ..base.schema import ANYTHING, Fields, Word, check
+from ..base.text import readable_bytes, short
+from ..data.preprocessing import PREPROCESSING
+from ..kernels.reference import LOSSES
+from ..models.build import NETWORK, build
 from ..network.sequential import Sequential
 from .checkpoint import save_tensors
 from .curves import Curve, draw_curves
@@ -35,6 +42,9 @@ _NAMES = (
 _NEW = ".new"  # the folder of a run that writes over another, until it has something to show
 CHECKPOINTS = "checkpoints"
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
+_TYPES = ("F32", "F64", "BF16")  # of a model's tensors: see `base.precision`
+# What a run's configuration holds; `options` has what its options may be.
+CONFIG = Fields({"loss": Word(LOSSES), "network": NETWORK, "preprocessing": PREPROCESSING}, others=ANYTHING)
 
 
 class RunFolder:
@@ -59,6 +69,7 @@ class RunFolder:
         lock: FolderLock | None = None,
     ) -> None:
         self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
+        self._made = not self.path.exists()
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock or FolderLock(self.path)
@@ -122,10 +133,13 @@ class RunFolder:
         return self.at == self.path
 
     def discard(self) -> None:
-        """Leave the old run where it is, if it is there still."""
+        """Leave the old run where it is, if it is there still, and nothing where nothing was."""
         if not self.settled:
             shutil.rmtree(self.at)
             self.at = self.path
+        if self._made:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
 
     def require_space(self, model: nn.Module) -> None:
         """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""
@@ -241,18 +255,18 @@ def _plain(value: object) -> object:
 
 def read_json(folder: Path, name: str) -> dict:
     """A JSON object from a run's folder. Raises InputError where the folder or file is missing or not a run's."""
-    path = folder / name
     if not folder.is_dir():
         raise InputError(f"run folder {str(folder)!r} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{str(folder)!r} is not a finished run: it has no {name}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object")
-    return content
+    if not os.path.lexists(folder / name):
+        raise InputError(f"{str(folder)!r} is not a finished run: it has no {name}")
+    return read_object(folder / name)
+
+
+def read_config(folder: Path) -> dict:
+    """A run's `config.json`, in which everything is as `CONFIG` says. Raises InputError."""
+    config = read_json(folder, "config.json")
+    check(CONFIG, config, f"{str(folder / 'config.json')!r}: it")
+    return config
 
 
 def build_network(config: dict) -> Sequential:
@@ -264,14 +278,22 @@ def build_network(config: dict) -> Sequential:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from safetensors, after every name, shape and type has been checked. Raises InputError."""
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    size, free = size_of(path), available_memory()
+    if size > free:
+        raise InputError(f"model {str(path)!r} has {size:,} bytes, and {readable_bytes(free)} of memory are free")
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = {name: one.get_shape() for name, one in slices.items()}
+            types = {name: one.get_dtype() for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the model {str(path)!r}: {error}") from None
+        raise InputError(f"cannot read the model {str(path)!r}: {short(str(error), 200)[1:-1]}") from None
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise InputError(
-                f"model {str(path)!r}: tensor {name!r} has shape {found.get(name)}, the network needs {expected.get(name)}"
-            )
+            needed = f"shape {found.get(name)}, the network needs {expected.get(name)}"
+            raise InputError(f"model {str(path)!r}: tensor {short(name)} has {needed}")
+    for name, tensor in network.state_dict().items():
+        allowed = _TYPES if tensor.is_floating_point() else ("I64",)  # a count of batches
+        if types[name] not in allowed:
+            raise InputError(f"model {str(path)!r}: tensor {name!r} has type {types[name]}; allowed: {', '.join(allowed)}")
     network.load_state_dict(load_file(path), assign=True)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..base.exceptions import InputError
+from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
 from ..base.text import printable
 from ..data.streams import BUFFER, STATISTICS
 from ..data.targets import LANGUAGE_MODELING
 from ..error_store import is_folder
 from ..kernels.reference import ACTIVATIONS
 from ..learn.signal import resolve_signal
-from ..models.build import MODELS, OPTIONS
+from ..models.build import LAYERS, MODELS, OPTIONS
 from ..models.transformer import GRANULARITIES, NORMS
 from ..models.vit import EMBEDDINGS, POOLS
 from ..network.feedback import LAWS
@@ -27,7 +28,7 @@ from ..recipes import read_recipe, recipe_names, split_name
 from ..visits.windows import DEFAULT_VISITS
 from .folder import read_json
 from .samples import TEMPERATURE, TOKENS
-from .settings import Settings, number_or_word
+from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 KEEP = 2  # checkpoints
@@ -52,6 +53,8 @@ def layer_sizes(text: str) -> list[int]:
     found = re.fullmatch(r"(-?\d+)(?:x(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of units, such as 500, or 500x3 for three layers of 500")
+    if int(found[2] or 1) > LAYERS:
+        raise argparse.ArgumentTypeError(f"{text!r} has more than {LAYERS} layers")
     return [int(found[1])] * int(found[2] or 1)
 
 
@@ -158,8 +161,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add("--mlp-width", type=int, metavar="N", help=f"units of the hidden layer in a transformer's block{_own('mlp_width')}")
     dropped = f"share of attention weights and units that a transformer drops while it learns{_own('dropout')}"
     add("--dropout", type=float, metavar="P", help=dropped)
-    norm = "normalisation in a vit's blocks, or after an mlp's activations (layer or none)"
-    add("--norm", choices=tuple(NORMS), help=f"{norm}; default: layer (vit), none (mlp), layer (mlp with --method local)")
+    norm = "normalisation in a vit's blocks, after an mlp's activations (layer or none), or a convnet's convolutions (batch)"
+    words = tuple(dict.fromkeys([*NORMS, "batch"]))
+    add("--norm", choices=words, help=f"{norm}; default: layer (vit), none (mlp, convnet), layer (mlp with --method local)")
     add("--residual", action="store_true", default=None, help="add an mlp layer's input to its output, where sizes are equal")
     add("--tied", action="store_true", default=None, help="make the weight of a gpt's head its tokens' embedding too")
     add("--patch-size", type=int, metavar="N", help=f"side of a vit's patches in pixels{_own('patch_size')}")
@@ -260,10 +264,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
     if options.resume not in (None, "auto"):
-        stored = read_json(Path(options.resume).expanduser(), "config.json").get("options")
-        if not isinstance(stored, dict) or not set(stored) <= set(vars(options)):
-            raise InputError(f"the configuration of the run {options.resume!r} cannot be read by this version")
-        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume, "overwrite": False})
+        stored = vars(from_json(read_json(Path(options.resume).expanduser(), "config.json").get("options")))
+        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
@@ -347,16 +349,23 @@ def whole_path(path: str) -> str:
 
 
 def from_json(stored: object) -> argparse.Namespace:
-    """A run's options, checked as if they had been typed. Raises InputError where they are not a run's."""
-    if not isinstance(stored, dict):
-        raise InputError("the run's config.json has no options")
-    arguments = []
-    for name, value in stored.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            arguments.append(flag)
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            arguments.append(f"{flag}={value}")
-    return parse(arguments)
+    """A run's options. Raises InputError where they are not a run's."""
+    parser = make_parser()
+    known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
+    check(Fields({}, known), stored, "the run's options in config.json: it")
+    here = {"resume": None, "overwrite": False, "evaluate": None, "sample": None, "exit": None}  # are not the run's
+    return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
+
+
+def _schema_of(action: argparse.Action) -> Schema:
+    """What an option's value may be."""
+    whole = Whole(-(1 << 63), 1 << 63)
+    parsed = {int: whole, float: FINITE, layer_sizes: whole, count_or_word: Either((whole, STRING))}
+    one = {**parsed, number_or_word: Either((FINITE, STRING))}.get(action.type, STRING)
+    if action.choices is not None:
+        one = Word(tuple(action.choices))
+    if action.nargs == "+":
+        one = Many(one, 1)
+    if action.nargs == 0:
+        one = FLAG
+    return maybe(one) if action.default is None else one

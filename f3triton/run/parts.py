@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from ..base.exceptions import InputError
+from ..base.memory import available_memory
+from ..base.text import readable_bytes
 from ..data import Dataset, Preprocessing, load_dataset, load_text, stream_dataset
 from ..models.build import OPTIONS, build, describe
 from ..network.feedback import Feedback
@@ -57,7 +60,18 @@ def make_feedback(options: argparse.Namespace) -> Feedback:
 
 
 def make_network(options: argparse.Namespace, network: dict[str, object]) -> Sequential:
-    """The network of a description: the same first weights for the same seed, whatever the method."""
+    """The network of a description: the same first weights for the same seed, whatever the method.
+
+    Raises InputError where there is no memory for them.
+    """
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in build(network).parameters())
+    needed, free = 4 * numbers, available_memory()
+    if needed > free:
+        raise InputError(
+            f"not enough memory: the weights need {readable_bytes(needed)}, and {readable_bytes(free)} are free; "
+            "--dry-run shows what else a run needs"
+        )
     torch.manual_seed(options.seed)
     return build(network, make_feedback(options))
 
@@ -67,4 +81,5 @@ def by_backpropagation(settings: Settings, streaming: bool) -> Settings:
     windows = {} if streaming else {"window": "off", "visits": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
     local = {"local_head": "auto", "local_head_depth": 0, "local_feedback": "head", "reach": 1}
+    local |= {"local_positions": 1.0, "local_candidates": None}
     return replace(settings, method="bp", signal=None, **errors, **windows, **local)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
 from ..data import Preprocessing
-from ..data.preprocessing import TEXT
-from ..kernels.reference import LOSSES, prediction_of
+from ..data.preprocessing import TENSORS, TEXT
+from ..kernels.reference import prediction_of
 from ..network.sequential import Sequential
-from .folder import build_network, load_weights, read_json
+from .folder import build_network, load_weights, read_config
+
+LARGEST_INPUT = 1 << 27  # numbers of a sample
 
 
 class Predictor(nn.Module):
@@ -76,6 +78,8 @@ class Predictor(nn.Module):
         self.network.eval()
         for _ in range(tokens):
             logits = self.network(torch.tensor([ids[-context:]], device=device))[0, -1].double().cpu()  # [C]
+            if not logits.isfinite().all():
+                raise InputError("the model's output holds NaN or infinity; its weights are damaged")
             if temperature == 0:
                 ids.append(int(logits.argmax()))
             else:
@@ -113,6 +117,17 @@ def check_exit(network: Sequential, exit: int | str | None) -> int | str | None:
     return exit
 
 
+def check_fit(network: Sequential, preprocessing: Preprocessing) -> None:
+    """Raise InputError where a network does not take such inputs or give such outputs."""
+    text = preprocessing.kind == TEXT
+    shape = preprocessing.shape if text or preprocessing.kind == TENSORS else (preprocessing.in_features,)
+    positions = preprocessing.shape[0] if text else 1
+    if math.prod(shape) > LARGEST_INPUT:
+        raise InputError(f"an input of {math.prod(shape):,} numbers is too large; allowed are {LARGEST_INPUT:,}")
+    example = torch.zeros(1, *shape, dtype=torch.int64 if text else next(network.parameters()).dtype)
+    network.prepare(example, preprocessing.target.outputs, None, positions)
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu", exit: int | str | None = None) -> Predictor:
     """The model that a run left in its folder, in eval mode. Raises InputError where the folder holds none.
 
@@ -121,14 +136,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu", exit: int | str
     Only JSON and safetensors are read, and every size is checked before it is used.
     """
     folder = Path(folder).expanduser()
-    config = read_json(folder, "config.json")
-    if config.get("loss") not in LOSSES or not isinstance(config.get("network"), dict):
-        raise InputError(f"{str(folder / 'config.json')!r} is not a run's configuration: it needs 'loss' and 'network'")
+    config = read_config(folder)
+    preprocessing = Preprocessing.from_json(config["preprocessing"])
     network = build_network(config["network"])
     network.exit = check_exit(network, exit)
     load_weights(network, folder / "model.safetensors")
     for parameter in network.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
-    preprocessing = Preprocessing.from_json(config.get("preprocessing"))
+    check_fit(network, preprocessing)
     return Predictor(network, preprocessing, config["loss"]).to(device).eval()

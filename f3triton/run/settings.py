@@ -21,6 +21,7 @@ from ..base.device import pick_device
 from ..base.exceptions import InputError
 from ..base.precision import PRECISIONS, Precision, resolve_precision
 from ..base.seeds import check_seed
+from ..data.augment import AUGMENTATIONS
 from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
 from ..kernels.dispatch import BACKENDS, Choice, choose
 from ..kernels.reference import LINKS, LOSSES
@@ -62,7 +63,7 @@ def about(
     """What is known of a setting beside its default: its group and help in `train.py --help`, and
 
     - `choices`: the words that it takes; `parse`: its value from the command line, by default of the default's type
-    - `within`: what it is a part of (signal, rule, windows); `free`: whether a resumed run may have another value
+    - `within`: what it is a part of (signal, rule, windows, ...); `free`: whether a resumed run may have another value
     """
     choices = None if choices is None else tuple(choices)
     return {
@@ -107,6 +108,11 @@ class Settings:
         "stages in front of the reading: copies of the next N stages, or with shared heads the network's own last N"))
     local_feedback: str = field(default="head", metadata=about("method", choices=LOCAL_FEEDBACK, within="local", help=
         "what brings a head's error to its stage: the head's weight, or a fixed random matrix by the law of --feedback"))
+    local_positions: float = field(default=1.0, metadata=about("method", metavar="F", within="local", help=
+        "share of the tokens at which hidden stages are read, drawn anew at each step"))
+    local_candidates: int | None = field(default=None, metadata=about("method", parse=int, metavar="K", within="local", help=
+        "classes, drawn anew at each step, among which hidden stages are read by shared heads, beside the target; "
+        "default: all"))
     reach: int = field(default=1, metadata=about("method", metavar="R", within="local", help=
         "stages that the gradient of a stage's reading goes back through, in the method local"))
 
@@ -141,6 +147,8 @@ class Settings:
         f"number of visits in a row of every window; default: {DEFAULT_VISITS}"))
     first_visit: str | None = field(default=None, metadata=about("training", choices=FIRST_VISITS, within="windows", help=
         "what a window's first visit teaches the hidden layers; default: skip (nothing)"))
+    augment: str = field(default="none", metadata=about("training", choices=AUGMENTATIONS, within="augment", help=
+        "how training images are changed at each visit: shift (by up to an eighth of their side), crop-flip (and mirrored)"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits"))
 
@@ -191,6 +199,11 @@ class Settings:
         for name, value, least in (("reach", self.reach, 1), ("local head depth", self.local_head_depth, 0)):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        share, count = self.local_positions, self.local_candidates
+        if not (isinstance(share, int | float) and 0 < share <= 1):
+            raise InputError(f"local positions must be a share above 0 and up to 1, got {share!r}")
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise InputError(f"local candidates must be a whole number of at least 1, got {count!r}")
         if self.local_feedback == "random" and (self.local_head == "shared" or self.local_head_depth):
             raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
 
@@ -246,6 +259,8 @@ class Settings:
         resolved = {"signal": words, "windows": None if self.windows is None else asdict(self.windows)}
         if signal is not None and signal.local:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
+        if self.augment != "none":
+            resolved["augment"] = self.augment
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
 
 

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoints, Snapshot, newest, parse_every
 from .folder import CHECKPOINTS, FORMAT, RunFolder, read_json
 from .identity import settings_of
 from .lock import FolderLock
-from .options import to_json, whole_path
+from .options import from_json, to_json, whole_path
 from .state import require_same
 from .summary import versions
 from .trainer import Trainer
@@ -145,5 +145,4 @@ def _begun_before(options: argparse.Namespace) -> dict[str, object] | None:
     """The options of the run that `--resume auto` finds begun, without a checkpoint yet: it begins again."""
     if options.resume is None or not (Path(options.output_dir).expanduser() / "config.json").exists():
         return None
-    stored = read_json(Path(options.output_dir).expanduser(), "config.json").get("options")
-    return stored if isinstance(stored, dict) else {}
+    return vars(from_json(read_json(Path(options.output_dir).expanduser(), "config.json").get("options")))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..base.exceptions import InputError
+from ..base.schema import check
+from ..base.text import short
 from ..error_store import ErrorStore
 from ..learn.step import Learner
 from ..visits.streams import StreamWindows
 from . import checkpoint
-from .checkpoint import Checkpoints, Snapshot, differences
+from .checkpoint import STATE_HOLDS, Checkpoints, Snapshot, differences
 from .result import FitResult
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and what JSON can hold
@@ -129,8 +131,11 @@ class Keeper:
         result: FitResult,
         store: ErrorStore | None,
         checkpoints: Checkpoints | None,
+        steps_per_epoch: int | None = None,
     ) -> None:
+        """`steps_per_epoch`: None where it is not known."""
         self.parts, self.settings, self.result, self.store, self.checkpoints = parts, settings, result, store, checkpoints
+        self.steps_per_epoch = steps_per_epoch
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
         self.asked_to_stop = False
 
@@ -197,6 +202,10 @@ class Keeper:
         Raises InputError where it is one of another run, and says in what it differs.
         """
         require_same(snapshot, self.settings)
+        state, each = snapshot.state, self.steps_per_epoch
+        done = state["epoch"] * (each or 0) + state.get("tally", {}).get("batches", 0)
+        if each is not None and state["steps"] != done:
+            raise InputError(f"the checkpoint's state: steps are {state['steps']:,}, and its epochs and batches make {done:,}")
         try:
             for name, part in self.parts.items():
                 own = {key.removeprefix(f"{name}."): t for key, t in snapshot.tensors.items() if key.startswith(f"{name}.")}
@@ -204,10 +213,11 @@ class Keeper:
                     own[""] = snapshot.tensors[name]
                 part.restore(own, snapshot.state)
             self._tidy(snapshot.state["steps"], snapshot.state.get("store_epoch", 0))
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"the checkpoint lacks a part of the run: {type(error).__name__} {error}") from None
+            reason = short(f"{type(error).__name__} {error}", 200)[1:-1]
+            raise InputError(f"the checkpoint lacks a part of the run: {reason}") from None
 
     def _tidy(self, steps: int, store_epoch: int) -> None:
         """Remove the checkpoints that the run would have removed, had it not been killed, and see what the others need.
@@ -229,46 +239,10 @@ class Keeper:
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
     """Raise InputError where a checkpoint is one of a run with other `settings_of`, and say in what it differs."""
-    check_state(snapshot.state)
+    check(STATE_HOLDS, snapshot.state, "the checkpoint's state")
     then = dict(snapshot.state["settings"])
     if len(then.get("feedback", ())) == 1:  # once, a law that all stages have was written once
         then["feedback"] = then["feedback"] * len(settings["feedback"])
     other = differences(then, settings)
     if other:
         raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")
-
-
-def check_state(state: dict[str, object]) -> None:
-    """Raise InputError where `state.json` does not hold what `save` writes."""
-
-    def whole(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-    def wholes(value: object) -> bool:
-        return isinstance(value, list) and all(map(whole, value))
-
-    fits = {
-        "settings": lambda value: isinstance(value, dict),
-        "epoch": whole,
-        "steps": whole,
-        "epochs_done": whole,
-        "history": lambda value: isinstance(value, list) and all(isinstance(r, dict) and whole(r.get("step")) for r in value),
-        "learning_seconds": lambda value: isinstance(value, int | float),
-    }
-    numbers = {"sizes": wholes, "waiting": wholes, "samples": whole, "hits": whole, "batches": whole}
-    wrong = [name for name, fit in fits.items() if not fit(state.get(name))]
-    tally, store_epoch = state.get("tally", {}), state.get("store_epoch", 0)
-    if not isinstance(tally, dict) or (tally and not all(fit(tally.get(name)) for name, fit in numbers.items())):
-        wrong.append("tally")
-    if not whole(store_epoch):
-        wrong.append("store_epoch")
-    stream = state.get("stream")
-    if stream is not None and not (
-        isinstance(stream, dict)
-        and whole(stream.get("pass"))
-        and whole(stream.get("block"))
-        and isinstance(stream.get("reader"), dict)
-    ):
-        wrong.append("stream")
-    if wrong:
-        raise InputError(f"the checkpoint's state.json is not that of a run: {wrong[0]!r} is missing, or not what it has to be")

@@ -133,6 +133,13 @@ class Tally:
         numbers = state.get("tally")
         if not numbers:
             return
+        waiting, sizes, outputs = numbers["waiting"], numbers["sizes"], [name for name in Output._fields if name in tensors]
+        looked_at = len(sizes) - len(waiting)
+        fits = outputs in (([], ["a", "target"], ["sample_losses", "sample_hits"]) if waiting else ([],))
+        fits = fits and sizes[looked_at:] == waiting and len(tensors.get("losses", ())) == looked_at <= numbers["batches"]
+        wide = [sum(waiting), self.outputs]
+        if not fits or any(list(tensors[name].shape) != (wide if name in ("a", "target") else wide[:1]) for name in outputs):
+            raise InputError("the checkpoint's tally does not fit its tensors")
         if numbers["waiting"]:
             parts = ([None] * len(numbers["waiting"]) if name not in tensors
                      else tensors[name].to(self.device).split(numbers["waiting"]) for name in Output._fields)  # fmt: skip

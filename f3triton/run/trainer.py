@@ -16,12 +16,14 @@ from ..base.precision import autocast, matmul_precision, working_dtype
 from ..base.seeds import derived_seed
 from ..data import Dataset, StreamDataset
 from ..data.arrays import Arrays, as_dataset
+from ..data.augment import Augmentation
 from ..data.identity import identity
 from ..error_store import Codec, ErrorStore, Rows, is_folder, make_codec, make_store, pick_home
 from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.local import Local
+from ..learn.narrow import Narrow
 from ..learn.peers import make_learner, require_linear
 from ..learn.signal import Signal, resolve_loss
 from ..learn.step import Learner
@@ -57,6 +59,7 @@ class Plan:
     loss: str
     signal: Signal | None
     errors: tuple[str, int, Codec] | None
+    augment: Augmentation | None
     steps_per_epoch: int
     lr_at: Callable[[int], float]  # by steps, counted from 1
 
@@ -185,9 +188,12 @@ class Trainer:
             cleanup.callback(store.close)
         local = None
         if plan.signal is not None and plan.signal.local:
-            local = Local(plan.loss, self.model, self.settings.reach)
+            own = self.settings
+            narrow = Narrow(own.local_positions, own.local_candidates, self.seed)
+            local = Local(plan.loss, self.model, own.reach, narrow)
         how = Arithmetic(self.rule, self.choice.operations, device, self.compute_dtype, self.seed)
         self.learner = make_learner(self.method, self.model, data, plan.loss, how, plan.signal, self.hidden_scale, store, local)
+        self.learner.augment = plan.augment
         if self.cuda_graph != "off":
             graphed = self.learner.use_graph(self.batch_size, slots(self.batch_size, train.outputs))
             if self.cuda_graph == "on" and not graphed:
@@ -208,7 +214,8 @@ class Trainer:
         parts |= {} if stream is None else {"stream": Stream(stream)}
         parts |= {"tally": tally, "random": Generators(device)}
         settings = settings_of(self, identity(train), plan.epochs, plan.eval_every)
-        keeper = Keeper(parts, settings, self.result, store, checkpoints)
+        known = order.steps_per_epoch if batches is None else None
+        keeper = Keeper(parts, settings, self.result, store, checkpoints, known)
         cleanup.enter_context(keeper.interrupts_between_steps())
         if resume is not None:
             keeper.restore(resume)
@@ -217,6 +224,7 @@ class Trainer:
     def _visits(self, order: Order, epoch: int, skip: int, plan: Plan) -> Iterable[Visit]:
         """An epoch's visits after the first `skip`; the error store may look ahead at them."""
         visits, store = order.visits(epoch, skip), self.learner.store
+        visits = (visit._replace(number=number) for number, visit in enumerate(visits, self.result.steps))
         return visits if store is None or not store.reads_ahead else planned(visits, store.plan, plan.train.device)
 
     def check(
@@ -261,6 +269,8 @@ class Trainer:
                 f"the last stage has the activation {last.activation!r}; it must be 'identity', for the loss has its own "
                 "sigmoid (bce) or softmax (cross-entropy)"
             )
+        kind = self.settings.augment
+        augment = None if kind == "none" else Augmentation(kind, train.shape, self.seed)
         example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
         with autocast(self.device, self.compute_dtype):
             seed = self.seed if signal is not None and signal.through_feedback else None
@@ -268,7 +278,8 @@ class Trainer:
         self.choice = self.settings.choose(work_of(self.model, self.batch_size * train.positions))
         if signal is not None and signal.local:
             add_readings(self.model, self.settings, train.outputs, train.positions)
-        self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), epoch_steps, lr_at)
+            check_narrow(self.model, self.settings, loss, train.outputs, train.positions)
+        self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
         return self._plan
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
@@ -370,6 +381,22 @@ def add_readings(model: Sequential, settings: Settings, outputs: int, positions:
         return
     law = next(stage.feedback_law for stage in hidden) if settings.local_feedback == "random" else None
     model.add_heads([list(stage.output_shape) for stage in hidden], outputs, positions, depth, law, settings.seed)
+
+
+def check_narrow(model: Sequential, settings: Settings, loss: str, outputs: int, positions: int) -> None:
+    """Raise InputError where readings cannot look at a part of the positions or classes only."""
+    share, candidates = settings.local_positions, settings.local_candidates
+    if share < 1 and positions == 1:
+        raise InputError(f"local positions {share:g} needs a model that predicts something at each token; leave it out")
+    if share < 1 and model.heads is not None and settings.local_head_depth:
+        raise InputError(f"local positions {share:g} does not go with own heads behind stages; use local head 'shared'")
+    if candidates is None:
+        return
+    if loss != "cross-entropy" or not model.reading or candidates >= outputs:
+        raise InputError(
+            f"local candidates {candidates} needs shared heads, the loss cross-entropy, and more classes than that; got "
+            f"{'shared' if model.reading else 'own'} heads, {loss}, {outputs} classes"
+        )
 
 
 def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype, rank: int | None = None, seed: int = 0) -> Codec:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
+from ..base.text import short
 from ..data import Dataset
 from ..data.streams import StreamDataset, StreamReader
 from .windows import WindowOrder, Windows
@@ -97,8 +98,9 @@ class StreamWindows:
         self._restored = state
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and let go of the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.buffer = self.window = self._next = None
 
     def _buffer(self, pass_: int, number: int) -> Buffer:
         """That buffer; the one after it is read meanwhile."""
@@ -125,8 +127,9 @@ class StreamWindows:
         try:
             reader = self.data.reader(saved["reader"])
             buffer = self._read(pass_, saved["block"], reader)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"the checkpoint's place in the stream is not one ({type(error).__name__} {error})") from None
+        except Exception as error:  # the library takes what it is given for its own
+            reason = short(f"{type(error).__name__} {error}", 200)[1:-1]
+            raise InputError(f"the checkpoint's place in the stream is not one ({reason})") from None
         if buffer.digest != saved["hash"]:
             raise InputError(
                 f"the stream {self.data.name!r} does not hold the rows any more that it held from training row "

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from .. import eager
 from ..generated import KINDS, GeneratedFeedback
+from ..reference import NORM_EPS
 from ..rounding import parameter_seed
 from ..rules import SGD, State, Update
+from . import head as triton_head
 from . import linear as kernels
 from . import output as triton_output
 from . import tiles
@@ -412,9 +414,53 @@ def output_step(
     return gradient, error, (losses, hits)
 
 
+@_entry
+def head_step_(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    loss: str,
+    weight_state: State,
+    bias_state: State | None,
+    update: Update,
+    norm: bool = True,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """See `reference.head_step_`: one launch to the gradients, and one for the update; more above `tiles.HEAD_CLASSES`."""
+    h, target = _in_rows("h", h), _in_rows("target", target).contiguous()
+    samples, units = h.shape
+    classes = len(weight)
+    _check(weight.shape == (classes, units), f"weight has shape {list(weight.shape)}; needed: {[classes, units]}")
+    _check(target.shape == (samples, classes), f"target has shape {list(target.shape)}; needed: {[samples, classes]}")
+    if classes > tiles.HEAD_CLASSES:
+        own = with_precision(precision)
+        return eager.compose_head_step_(own, h, weight, bias, target, loss, weight_state, bias_state, update, norm)
+    _check_state("weight", weight, weight_state, update)
+    _check_state("bias", bias, bias_state, update)
+    _check_bias(bias, classes)
+    source = weight if weight_state.shadow is None else weight_state.shadow
+    wide = torch.float32 if h.dtype == torch.float16 else h.dtype  # a mean over batch and outputs is too small for float16
+    back, gradient = torch.empty_like(h, memory_format=torch.contiguous_format), torch.empty_like(target, dtype=wide)
+    normal = torch.empty_like(back, dtype=wide) if norm else h.to(wide)
+    block, tile = tiles.head_tile(classes, h.dtype != torch.float32)
+    units_unit = unit(units, h.stride(0))
+    triton_head.head[(triton.cdiv(samples, tile.blocks[0]),)](
+        h, source, source if bias is None else bias, target, normal, gradient, back,
+        samples, units // units_unit, classes, h.stride(0) // units_unit,
+        LOSS=triton_output.LOSS[loss], NORMALISE=norm, HAS_BIAS=bias is not None, EPS=NORM_EPS, UNIT=units_unit,
+        PRECISION=precision, ROWS=tile.blocks[0], CLASSES=block, UNITS=tile.blocks[1],
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    outer_product_update_(weight, bias, gradient, normal, weight_state, bias_state, update, precision)
+    return back
+
+
 def with_precision(precision: str) -> SimpleNamespace:
     """These operations with float32 products in another `input_precision`, such as `tf32`."""
     products = (linear_forward, linear_keep, outer_product, outer_product_update_, linear_step_, linear_backward_update_)
+    products += (head_step_,)
     others = (update_, output_step)
     return SimpleNamespace(
         **{operation.__name__: partial(operation, precision=precision) for operation in products},

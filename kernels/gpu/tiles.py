@@ -56,6 +56,10 @@ STEP_ROWS = 64  # the largest batch that the one-launch step takes; above it for
 ROOMY = 160 << 10  # bytes of shared memory: what an A100, H100, H200 or B200 has, and consumer cards have not
 STRIDE = 1 << 23  # elements; a tile has at most 256 rows or columns, and offsets in it 32 bits
 ELEMENTWISE = 1024
+# (rows, units) of a stage's head, by the block of classes
+HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 64), 4, 2), 128: Tile((16, 32), 4, 2)}
+HEAD_HALF = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 8, 2), 64: Tile((16, 32), 8, 2), 128: Tile((16, 16), 8, 2)}
+HEAD_CLASSES = max(HEAD)  # of a head in one launch: all are in registers
 OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
 
 
@@ -92,6 +96,12 @@ def step_tile(rows: int, half: bool, generated: bool = False) -> tuple[int, Tile
     if generated and not half and block == STEP_ROWS:
         return block, STEP_GENERATED
     return block, (STEP if half else STEP_FLOAT32)[block]
+
+
+def head_tile(classes: int, half: bool) -> tuple[int, Tile]:
+    """The block of classes that holds all (at most `HEAD_CLASSES`), and the tile of a stage's head; `half`: of its output."""
+    block = next(size for size in HEAD if size >= classes)
+    return block, (HEAD_HALF if half else HEAD)[block]
 
 
 def output_tile(classes: int) -> Tile:

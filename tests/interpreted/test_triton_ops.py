@@ -280,6 +280,49 @@ def test_output_step(loss: str, link: str) -> None:
         assert torch.equal(got[2][1].cpu(), wanted[2][1])
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("loss", reference.LOSSES)
+def test_head(loss: str, norm: bool) -> None:
+    for (m, n, c), bias in itertools.product(((1, 3, 2), (21, 33, 10), (17, 70, 50), (5, 40, 130)), (True, False)):
+        one_hot = torch.nn.functional.one_hot(torch.arange(m) % c, c).double()
+        target = random(m, c, seed=6) if loss == "mse" else one_hot
+        h, weight, b = random(m, n) + 2, random(c, n, seed=1), random(c, seed=2)
+        ends = []
+        for ops_, operands in ((reference, (h, weight, b, target)), (ops, on_device(h, weight, b, target))):
+            x, w, v, y = (tensor.clone() for tensor in operands)
+            v = v if bias else None
+            states = new_state(w, RULES["momentum"]), None if v is None else new_state(v, RULES["momentum"])
+            ends.append([ops_.head_step_(x, w, v, y, loss, *states, Update(RULES["momentum"], 0.5, 1), norm), w, v])
+        for name, wanted, got in zip(("gradient", "weight", "bias"), *ends, strict=True):
+            if wanted is not None:
+                close(f"{name} {m} {n} {c}", got, wanted, 1e-5)
+
+
+def test_head_of_strided_rows_and_in_half_precision() -> None:
+    h, weight, bias = random(20, 48), random(10, 24, seed=1), random(10, seed=2)
+    target = torch.nn.functional.one_hot(torch.arange(20) % 10, 10).double()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        x, w, b, y = *on_device(h[:, ::2], dtype=dtype), *on_device(weight, bias, target)
+        x = on_device(h, dtype=dtype)[0][:, :24] if dtype == torch.float32 else x
+        wanted = [x.double().cpu(), weight.clone(), bias.clone()]
+        states = [new_state(tensor, SGD()) for tensor in (w, b)]
+        got = ops.head_step_(x, w, b, y, "cross-entropy", *states, Update(SGD(), 1.0, 1))
+        back = reference.head_step_(*wanted, target, "cross-entropy", *states, Update(SGD(), 1.0, 1))
+        assert got.dtype == dtype
+        close("gradient", got, back, tolerance)
+        close("weight", w, wanted[1], tolerance)
+        close("bias", b, wanted[2], tolerance)
+
+
+def test_a_head_keeps_what_is_not_a_number() -> None:
+    h, weight, target = random(3, 5), random(4, 5, seed=1), torch.eye(4, dtype=torch.float64)[:3]
+    h[1, 2] = float("nan")
+    x, w, y = on_device(h, weight, target)
+    back = ops.head_step_(x, w, None, y, "bce", new_state(w, SGD()), None, Update(SGD(), 0.1, 1))
+    assert back.isnan().all(1).tolist() == [False, True, False]
+    assert w.isnan().all()
+
+
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_what_is_not_a_number_stays_so(activation: str) -> None:
     for x in (torch.full((2, 3), float("nan"), device=DEVICE), torch.tensor([[float("nan")] * 3, [1.0] * 3], device=DEVICE)):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...base.exceptions import InputError
 from ...base.faults import fault
+from ...base.files import open_regular
 from ...base.text import readable_bytes
 from ..store import ErrorStore, Rows
 from . import mapped
@@ -30,7 +31,6 @@ from .format import (
     Manifest,
     check_file,
     header,
-    open_regular,
     os_errors_named,
     read_manifest,
     rows_file,

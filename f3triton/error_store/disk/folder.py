@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from ...base.exceptions import InputError
-from ...base.text import readable_bytes
-from .format import MANIFEST, ROWS_FILE, SPARE_FILE, TEMPORARY_FILE, Kind, Manifest, os_errors_named, read_manifest, short
+from ...base.text import readable_bytes, short
+from .format import MANIFEST, ROWS_FILE, SPARE_FILE, TEMPORARY_FILE, Kind, Manifest, os_errors_named, read_manifest
 
 try:
     import fcntl

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ import torch
 
 from ...base.exceptions import InputError
 from ...base.faults import fault
+from ...base.files import open_regular, parse_object, read_object
+from ...base.text import short
 from ..codecs import Codec, make_codec
 
 MAGIC, VERSION = b"F3ERRORS", 1
@@ -31,8 +32,9 @@ ROWS_AT = 1 << 14  # where the rows begin
 FORMAT = "f3triton-errors"
 MANIFEST = "manifest.json"
 MANIFEST_CAP = 1 << 20  # bytes
-MAX_SAMPLES, MAX_WIDTH, MAX_EPOCH = 1 << 40, 1 << 31, 10**9
+MAX_SAMPLES, MAX_WIDTH, MAX_EPOCH = 1 << 40, 1 << 22, 10**9
 CHUNK = 1 << 22  # bytes read at a time
+SPARSE_FROM = 1 << 28  # bytes: larger files must be on disk, not only in name
 ROWS_FILE = re.compile(r"errors-(0|[1-9]\d{0,8})\.f3e")
 SPARE_FILE = re.compile(r"spare-\d{1,9}\.f3e")
 TEMPORARY_FILE = re.compile(r"\.manifest\.[0-9a-f]{16}\.tmp")
@@ -141,16 +143,6 @@ def os_errors_named(path: Path, action: str) -> Iterator[None]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a file that is one: no link, no folder, no pipe. Raises InputError."""
-    with os_errors_named(path, "open"):
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InputError(f"error store: {str(path)!r} is not a regular file")
-    return descriptor
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store. Raises InputError where there is none, or anything in it is not as it must be."""
     path = folder / MANIFEST
@@ -158,12 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"error store {str(folder)!r} is not a folder")
     if not os.path.lexists(path):
         raise InputError(f"error store {str(folder)!r} has no {MANIFEST}")
-    descriptor = open_regular(path)
-    with open(descriptor, "rb") as file, os_errors_named(path, "read"):
-        text = file.read(MANIFEST_CAP + 1)
-    if len(text) > MANIFEST_CAP:
-        raise InputError(f"{str(path)!r} has more than {MANIFEST_CAP:,} bytes")
-    content = _Fields(_json(text, path), path)
+    content = _Fields(read_object(path, MANIFEST_CAP), path)
     content.word("format", FORMAT)
     content.whole("version", VERSION, VERSION)
     kind = _kind(_Fields(content.take("rows", dict), path, "rows"))
@@ -194,6 +181,9 @@ def check_file(path: Path, kind: Kind, epoch: int) -> int:
         size = os.fstat(descriptor).st_size
         if size != kind.file_bytes:
             raise InputError(f"{str(path)!r} has {size:,} bytes, but its rows need {kind.file_bytes:,}")
+        there = getattr(os.fstat(descriptor), "st_blocks", size) * 512
+        if size > SPARSE_FROM and size > 100 * there:
+            raise InputError(f"{str(path)!r} has {size:,} bytes, of which only {there:,} were ever written")
         with os_errors_named(path, "read"):
             first = os.pread(descriptor, ROWS_AT, 0)
             found, found_epoch = read_header(first, path)
@@ -235,7 +225,7 @@ def read_header(first: bytes, path: Path) -> tuple[Kind, int]:
         raise InputError(f"{str(path)!r}: its header claims {length:,} bytes, at most {ROWS_AT - PREFIX.size:,} are allowed")
     if first[PREFIX.size + length :].strip(b"\0"):
         raise InputError(f"{str(path)!r}: there are bytes between its header and its rows")
-    fields = _Fields(_json(first[PREFIX.size : PREFIX.size + length], path), path)
+    fields = _Fields(parse_object(first[PREFIX.size : PREFIX.size + length], path), path)
     epoch = fields.whole("epoch", 0, MAX_EPOCH - 1)
     return _kind(fields), epoch
 
@@ -288,31 +278,3 @@ class _Fields:
         unknown = sorted(self.content.keys() - self.asked)
         if unknown:
             raise InputError(f"{str(self.path)!r}: {self.prefix}{short(unknown[0])} is unknown")
-
-
-def short(value: object) -> str:
-    """A value as text for a message: printable, and not long."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _json(text: bytes, path: Path) -> dict:
-    """A JSON object in which no name comes twice, and no number is NaN, infinite or of absurd length."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = dict(pairs)
-        if len(names) < len(pairs):
-            raise ValueError("a name comes twice")
-        return names
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
-    try:
-        content = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{str(path)!r} holds no valid JSON: {short(reason)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object")
-    return content

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ...base.exceptions import InputError
-from ...base.text import readable_bytes
+from ...base.text import readable_bytes, short
 from .folder import take_lock
 from .format import CHUNK, Generation, Kind, read_manifest, verify
 from .mapped import MappedRows
 
 EDGES = [a * 10.0**power for power in range(-6, 0) for a in (1, 3)] + [1.0]  # of the histogram's bins
 BAR = 40  # characters
+LARGEST = 1 << 26  # entries that are looked at, at most
 
 
 def inspect(path: str | Path) -> Iterator[str]:
@@ -29,7 +30,7 @@ def inspect(path: str | Path) -> Iterator[str]:
     kind = manifest.kind
     yield f"error store {str(folder)!r}"
     yield f"  rows: {kind.samples:,} of {kind.width:,} entries, {kind.codec}, {kind.row_bytes:,} bytes each"
-    data = ", ".join(f"{ascii(key)[1:-1]} {value!a}" for key, value in (kind.data or {}).items())
+    data = ", ".join(f"{short(key)[1:-1]} {short(value)}" for key, value in (kind.data or {}).items())
     yield f"  data set: {data or 'not said'}"
     lock = take_lock(folder, shared=True)
     try:
@@ -53,14 +54,17 @@ def inspect(path: str | Path) -> Iterator[str]:
 
 def statistics(folder: Path, kind: Kind, generation: Generation) -> Iterator[str]:
     """Lines about the rows of one generation: how large they are, and a histogram of each row's largest magnitude."""
-    codec = kind.make_codec()
-    file = MappedRows(folder / generation.file, kind, codec.storage, writable=False)
+    whole = kind.make_codec()
+    file = MappedRows(folder / generation.file, kind, whole.storage, writable=False)
+    codec = getattr(whole, "each", whole)  # of a sample's positions one by one: all together they may be large
+    every = kind.samples * whole.positions
+    lines = min(every, max(1, LARGEST // kind.width))
     edges = torch.tensor([0.0, *EDGES], dtype=torch.float64)
     counts = torch.zeros(len(edges) + 1, dtype=torch.int64)
     odd, total, square, low, high = 0, 0.0, 0.0, torch.inf, -torch.inf
-    for start in range(0, kind.samples, step := max(1, CHUNK // (kind.row_bytes + 8 * kind.width))):
-        index = torch.arange(start, min(start + step, kind.samples))
-        rows = codec.decode(file.gather(index)).double()  # [<= step, C]
+    for start in range(0, lines, step := max(1, CHUNK // (codec.row_bytes + 8 * kind.width))):
+        rows = codec.decode(file.rows.view(every, -1)[start : min(start + step, lines)].clone()).double()  # [<= step, C]
+        file.touch(len(rows))
         finite = rows.isfinite().all(1)
         odd += int((~finite).sum())
         rows = rows[finite]
@@ -70,8 +74,9 @@ def statistics(folder: Path, kind: Kind, generation: Generation) -> Iterator[str
         total, square = total + float(rows.sum()), square + float(rows.square().sum())
         low, high = min(low, float(rows.min())), max(high, float(rows.max()))
     file.close()
-    entries = (kind.samples - odd) * kind.width
-    yield f"entries of epoch {generation.epoch}"
+    entries = (lines - odd) * kind.width
+    some = f", the first {lines:,} of {every:,} rows" * (lines < every)
+    yield f"entries of epoch {generation.epoch}{some}"
     if entries:
         mean = total / entries
         yield f"  smallest {low:.4g}, largest {high:.4g}, mean {mean:.4g}, root mean square {(square / entries) ** 0.5:.4g}"
@@ -82,7 +87,7 @@ def statistics(folder: Path, kind: Kind, generation: Generation) -> Iterator[str
     most = max(1, int(counts.max()))
     for name, count in zip(names, counts.tolist(), strict=True):
         bar = "#" * (-(-count * BAR // most))
-        yield f"  {name:>9s} {count:13,d} {100 * count / kind.samples:5.1f} % {bar}".rstrip()
+        yield f"  {name:>9s} {count:13,d} {100 * count / lines:5.1f} % {bar}".rstrip()
 
 
 def _counts(values: Tensor, edges: Tensor) -> Tensor:

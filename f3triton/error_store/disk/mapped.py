@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...base.exceptions import InputError
-from .format import ROWS_AT, Kind, open_regular, os_errors_named
+from ...base.files import open_regular
+from .format import ROWS_AT, Kind, os_errors_named
 
 MAPPED_BYTES = 1 << 28  # of a file's pages that may be in this process's resident memory, about
 AROUND = 1 << 16  # bytes that the system maps around one that is touched
@@ -45,15 +46,15 @@ class MappedRows:
 
     def gather(self, index: Tensor) -> Tensor:
         """The rows `[M, columns]` of the samples `index [M]`, copied."""
-        self._touch(len(index))
+        self.touch(len(index))
         return self.rows.index_select(0, index)
 
     def scatter(self, index: Tensor, rows: Tensor) -> None:
         """Put `rows [M, columns]` in the places of the samples `index [M]`."""
-        self._touch(len(index))
+        self.touch(len(index))
         self.rows.index_copy_(0, index, rows)
 
-    def _touch(self, rows: int) -> None:
+    def touch(self, rows: int) -> None:
         """Keep resident memory bounded: pages leave this process's tables, not the system's cache, and nothing is lost."""
         self.touched += rows * self.touches
         if self.touched > MAPPED_BYTES:

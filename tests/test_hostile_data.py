@@ -1,0 +1,153 @@
+"""Data sets that somebody damaged or made up: a run, or one line, in bounded time and memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sandbox import attempt
+from test_train_script import main
+
+if sys.platform != "linux":
+    pytest.skip("processes are bounded as Linux does it", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("F3TRITON_CACHE", str(tmp_path / "images"))
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: object) -> int:
+    return main(["--no-compare", "--quiet", "--hidden", "8", "--epochs", "1", "--output-dir", "run", *map(str, arguments)])
+
+
+def refused(*arguments: object) -> str:
+    """The one line that ends such a run."""
+    found = attempt(lambda: train(*arguments), seconds=15, memory=1 << 30)
+    assert not found.wrong, found
+    assert found.code == 2, found
+    assert found.peak < 1 << 29, found
+    return found.err
+
+
+def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, size, dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder in which a parquet file has 20 images, and one more to come by its path."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.png").write_bytes(png(0))
+    (tmp_path / "data" / "inside.png").write_bytes(png(1))
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "outside.png")
+    os.mkfifo(tmp_path / "data" / "pipe")
+    return tmp_path / "data"
+
+
+def write(folder: Path, path: str) -> None:
+    rows = [*({"bytes": png(i), "path": None} for i in range(20)), {"bytes": None, "path": path}]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(rows, kind), "label": [i % 2 for i in range(21)]}), folder / "train.parquet")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/dev/zero", "pipe", "a\0b", "../outside.png", "{}/outside.png", "link.png", "x" * 5000, "/", "http://localhost:1/"],
+)
+@pytest.mark.parametrize("way", ["file", "folder", "stream"])
+def test_paths_of_images(path: str, way: str, images: Path) -> None:
+    write(images, path.format(images.parent))
+    stream = ["--streaming", "--epochs", "5"] * (way == "stream")
+    source = images / "train.parquet" if way == "file" else images
+    assert "the image " in refused("--dataset", source, *stream)
+
+
+def test_a_path_inside_of_the_folder(images: Path) -> None:
+    write(images, "inside.png")
+    for source in (images / "train.parquet", images):
+        assert not attempt(lambda source=source: train("--dataset", source, "--overwrite")).code
+
+
+PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "wide": (lambda path: Image.new("1", (12_000, 12_000)).save(path), "12000x12000 pixels; allowed are"),
+    "postscript": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "it is no image file"),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_pictures(kind: str, tmp_path: Path) -> None:
+    make, message = PICTURES[kind]
+    for label in "ab":
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        for i in range(3):
+            make(tmp_path / "data" / "train" / label / f"{i}.png")
+    assert message in refused("--dataset", tmp_path / "data")
+
+
+def test_more_images_than_memory_holds(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f3triton.data.images.available_memory", lambda: 1000)
+    write(images, "inside.png")
+    assert "holds 17 images of 8x8, which need 1.1 KiB" in refused("--dataset", images)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "null\n",
+        '\ufeffnull\n{"a":1}',
+        '[null, {"a": 1}]',
+        '{"a": 1}\nnull\n',
+        "[" * 99_999,
+        '{"a": ' * 99_999 + "1" + "}" * 99_999,
+        f'{{"a": {"[" * 99_999}{"]" * 99_999}}}',
+        f'{{"a": 1, "y": "{"x" * 5_000_000}"}}\nnull\n',
+    ],
+    ids=range(9),
+)
+def test_json(content: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(content)
+    for source in ("data", "data/train.jsonl"):
+        assert "file 'train.jsonl' holds " in refused("--dataset", source)
+
+
+def test_json_that_only_looks_so(tmp_path: Path) -> None:
+    row = '{"a": %d, "b": null, "y": "null [[[[{ \\" null", "z": "\\\\"}\n'
+    (tmp_path / "data.json").write_text("".join(row.replace("null [", f"{i % 2} [") % i for i in range(40)))
+    assert not attempt(lambda: train("--dataset", "data.json", "--target", "y")).code
+
+
+@pytest.mark.parametrize("name", ["../outside.csv", "{}/outside.csv"])
+def test_a_description_that_names_files_outside(name: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "data" / "x.csv", tmp_path / "outside.csv"):
+        path.write_text("a,y\n" + "1,0\n2,1\n" * 20)
+    text = f"---\nconfigs:\n- config_name: default\n  data_files: {name.format(tmp_path)}\n---\n"
+    (tmp_path / "data" / "README.md").write_text(text)
+    assert "outside.csv" in refused("--dataset", "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--hidden 8x99999999", "has more than 1000 layers"),
+        ("--hidden 30000000 30000000", "not enough memory: the weights need 3.2 PiB"),
+        ("--text /dev/zero", "'/dev/zero' is not a regular file"),
+    ],
+)
+def test_sizes_that_are_computed_first(arguments: str, message: str) -> None:
+    assert message in refused(*arguments.split())
