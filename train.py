@@ -14,12 +14,15 @@ import torch
 
 import f3triton as f3
 from f3triton.data.targets import LANGUAGE_MODELING
+from f3triton.distributed.links import Gone
+from f3triton.distributed.mesh import first_to_say, part, processes, require_a_task
+from f3triton.distributed.ring import WorkerFailed, lines_of
 from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
 from f3triton.run.options import given, make_settings, parse, refuse_what_has_no_effect
-from f3triton.run.parts import by_backpropagation, load_data, make_feedback, make_network, network_of
+from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
@@ -31,11 +34,12 @@ from f3triton.visits.windows import check_epochs
 
 def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     began = time.perf_counter()
-    say = (lambda line: None) if options.quiet else tell
+    say = (lambda line: None) if options.quiet or processes()[0] else tell
 
     # What needs no data is checked before any is read.
     settings = make_settings(options)
-    peer = by_backpropagation(settings, options.streaming) if compare else None
+    require_a_task(options.pipeline, options.data_parallel)
+    peers = peers_of(settings, options) if compare else []
     make_feedback(options)
     check_epochs(options.epochs, settings.windows)
 
@@ -60,6 +64,13 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     store = trainer.store_for(train_set)
     if store is not None:
         say(store_line(*store))
+    for line in trainer.describe_workers():
+        say(line)
+    fitted = {"epochs": options.epochs, "test": test_set, "eval_every": options.eval_every}
+    if not trainer.seat.writes:  # another process writes the run down and tells of it
+        if trainer.fit(train_set, **fitted, resume=start.snapshot).status == "interrupted":
+            raise KeyboardInterrupt
+        return
 
     diagnostics = None if options.diagnose is None else Diagnostics(trainer, train_set, options.diagnose)
 
@@ -73,7 +84,6 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             diagnostics(record)
         folder.keep(record, trainer.model)
 
-    fitted = {"epochs": options.epochs, "test": test_set, "eval_every": options.eval_every}
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
             result = trainer.fit(
@@ -91,15 +101,19 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         raise KeyboardInterrupt
 
     summary = write_summary(folder, trainer, data, time.perf_counter() - began)
-    if peer is not None and result.status == "completed":
-        say("the same network by backpropagation:")
+    others: list[f3.Trainer] = []
+    for peer in peers:
+        if result.status != "completed":
+            break
+        say(f"the same network by {METHOD_NAMES[peer.method]}:")
         other = f3.Trainer(make_network(options, network), settings=peer)
         try:
             with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
                 other.fit(train_set, **fitted, on_record=console.record, on_step=console.step)
             result.status = other.result.status
             if result.status == "completed":
-                summary = write_summary(folder, trainer, data, time.perf_counter() - began, other)
+                others.append(other)
+                summary = write_summary(folder, trainer, data, time.perf_counter() - began, others)
         except Diverged as error:
             say(f"no comparison: {error}")
     if diagnostics is not None:
@@ -110,6 +124,8 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         say(line)
     if is_text and not options.quiet:
         say(f"a sample:\n{sample_of(trainer.model, train_set, options)}")
+    for line in lines_of(result.workers):
+        say(line)
     if result.status == "interrupted":
         raise KeyboardInterrupt
 
@@ -131,17 +147,20 @@ def main(arguments: list[str] | None = None) -> int:
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}
             with Start(options) as start:
                 train(options, plain if options.compare is None else options.compare, start)
-    except f3.InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    except (f3.InputError, Diverged, WorkerFailed, Gone) as error:
+        if first_to_say(str(error), isinstance(error, Gone)):
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, WorkerFailed | Gone) else 2
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         print("train.py: error: not enough memory; --dry-run shows what it is needed for", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)
+        if processes()[0] == 0:
+            print("interrupted; what was evaluated and saved so far is kept", file=sys.stderr)
         return 130
+    part()
     return 0
 
 

@@ -106,6 +106,13 @@ def vit_table() -> str:
     return f"{show(read_result('vit.json')['runs'])}\n\n{source('vit.json')}"
 
 
+def local_table(task: str) -> str:
+    from .local import TASKS, show
+
+    name = f"local-{task}.json"
+    return f"{show(TASKS[task].metric, read_result(name)['runs'])}\n\n{source(name)}"
+
+
 def store_table() -> str:
     from .error_store import show
 
@@ -118,10 +125,39 @@ def codecs_table() -> str:
     return f"{show(read_result('error-codecs.json')['rows'])}\n\n{source('error-codecs.json')}"
 
 
+def simulated_table() -> str:
+    """Of the simulation: columns are numbers of workers, lines are schedules, a table for each of two cases."""
+    name = "pipeline-simulated.json"
+    parts = ("even workers", "one worker 20 % slower")
+    tables = (f"{part}:\n\n{by_x(name, part, 'efficiency, %', '.1f')}" for part in parts)
+    return "\n\n".join([*tables, source(name)])
+
+
+def pipeline_table() -> str:
+    """Steps a second, the idle part and memory of a worker, at each batch size; and the machine's load."""
+    name = "pipeline.json"
+    content = read_result(name)
+    found = {(row["method"], row["part"], row["metric"]): row["median"] for row in content["rows"]}
+    parts, metrics = (list(dict.fromkeys(row[key] for row in content["rows"])) for key in ("part", "metric"))
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in content["rows"]):
+        cells = [found.get((method, part, metric)) for part in parts for metric in metrics]
+        lines.append([method, *("" if cell is None else f"{cell:.{1 if cell < 100 else 0}f}" for cell in cells)])
+    header = ["", *(f"{metric}, {part}" for part in parts for metric in metrics)]
+    low, high = content["settings"]["load_average"]
+    load = f"Load average of the machine's {content['settings']['cores']} cores before each run: {low} to {high}."
+    return f"{table(header, lines)}\n\n{load}\n\n{source(name)}"
+
+
 TABLES = {
+    "pipeline": pipeline_table,
+    "pipeline-simulated": simulated_table,
     "error-codecs": codecs_table,
     "error-store": store_table,
     "gpt": gpt_table,
+    "local-mnist": lambda: local_table("mnist"),
+    "local-cifar10": lambda: local_table("cifar10"),
+    "local-text": lambda: local_table("text"),
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),

@@ -266,7 +266,7 @@ def test_the_harness_notices_a_broken_resumption(broken: str, tmp_path: Path, mo
 
     def restore(self: Keeper, snapshot: object) -> None:
         original(self, snapshot)
-        learner, tally = self.parts["moments"].learner, self.parts["tally"]
+        learner, tally = self.parts["moments"].learners[0], self.parts["tally"]
         if broken == "errors":
             learner.store.encoded.zero_()
         elif broken == "moments":

@@ -81,6 +81,13 @@ def test_a_path_inside_of_the_folder(images: Path) -> None:
         assert not attempt(lambda source=source: train("--dataset", source, "--overwrite")).code
 
 
+def test_a_parquet_file_of_more_rows_than_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f3triton.data.sources.available_memory", lambda: 1 << 20)
+    pq.write_table(pa.table({name: np.zeros(100_000, np.int8) for name in ("a", "y")}), "rows.parquet")
+    assert (tmp_path / "rows.parquet").stat().st_size < 5000
+    assert "the parquet files hold 1.5 MiB" in refused("--dataset", "rows.parquet")
+
+
 PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "wide": (lambda path: Image.new("1", (12_000, 12_000)).save(path), "12000x12000 pixels; allowed are"),
     "postscript": (lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "it is no image file"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import f3triton as f3
+from f3triton.distributed.mesh import Place
 from f3triton.run.identity import settings_of
 
 FIELDS = dataclasses.fields(f3.Settings)
@@ -42,11 +43,16 @@ OTHERS = {
     "window": {"window": 100},
     "visits": {"visits": 3, "window": 100},
     "first_visit": {"first_visit": "target", "window": 100},
+    "window_order": {"window_order": "turns", "window": 100},
     "seed": {"seed": 7},
     "device": {"device": "cpu"},
     "backend": {"backend": "torch"},
     "cuda_graph": {"cuda_graph": "off"},
     "precision": {"precision": "float64"},
+    "pipeline": {"pipeline": "threads:2"},
+    "pipeline_split": {"pipeline_split": "1,1", "pipeline": "threads:2"},
+    "data_parallel": {"data_parallel": 2},
+    "data_parallel_by": {"data_parallel_by": "factors", "data_parallel": 2},
 }
 
 
@@ -55,13 +61,15 @@ def trainer(*arguments: object, **keywords: object) -> f3.Trainer:
 
 
 @pytest.mark.parametrize("name", [field.name for field in FIELDS])
-def test_a_setting_is_a_keyword_and_decides_whether_a_run_is_the_same(name: str) -> None:
+def test_a_setting_is_a_keyword_and_decides_whether_a_run_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f3triton.run.trainer.join", lambda *_: Place())  # whatever processes there are
     other = OTHERS[name]
     without = {key: value for key, value in other.items() if key != name}
     changed, plain = trainer(**other), trainer(**without)
     assert changed.settings == f3.Settings(**other) != plain.settings
     fixed = [settings_of(made, {}, 3, 1) for made in (changed, plain)]
     free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph"}
+    free |= {"pipeline", "pipeline_split", "data_parallel", "data_parallel_by"}
     assert (fixed[0] == fixed[1]) == (name in free)
 
 

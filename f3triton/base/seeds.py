@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .exceptions import InputError
+
+one_at_a_time = threading.RLock()  # held by whoever uses torch's global generators, which all threads share
 
 
 def check_seed(seed: object) -> None:
@@ -40,7 +43,7 @@ def first_weights(seed: int | None) -> AbstractContextManager[None]:
 
 def drawing(device: torch.device, *parts: object) -> AbstractContextManager[None]:
     """torch's global generators begin at `derived_seed(*parts)` inside, so that what dropout draws there depends on nothing
-    else."""
+    else. They belong to all threads, so one draws at a time."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
@@ -50,11 +53,12 @@ def drawing(device: torch.device, *parts: object) -> AbstractContextManager[None
 @contextmanager
 def _seeded(generators: list[torch.Generator], seed: int) -> Iterator[None]:
     """The generators begin at `seed` inside; outside they are as they were."""
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
+    with one_at_a_time:
+        before = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)

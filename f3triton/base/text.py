@@ -13,13 +13,6 @@ def readable_bytes(count: float) -> str:
     return f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power - 1]}"
 
 
-def printable(text: str, most: int = 1000) -> str:
-    """A line that a terminal shows as it is: what else a name may hold (escapes, line breaks, halves of characters) as Python
-    spells it; of a longer line the beginning and the end."""
-    text = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= most else f"{text[: most - most // 8]} ... {text[5 - most // 8 :]}"
-
-
 def short(value: object, most: int = 60) -> str:
     """A value as text for a message: printable, and not long."""
     try:
@@ -27,3 +20,10 @@ def short(value: object, most: int = 60) -> str:
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """A line that a terminal shows as it is: what else a name may hold (escapes, line breaks, halves of characters) as Python
+    spells it; of a longer line the beginning and the end."""
+    text = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most - most // 8]} ... {text[5 - most // 8 :]}"

@@ -7,13 +7,14 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..base.exceptions import InputError
-from ..base.text import short
+from ..base.memory import available_memory
+from ..base.text import readable_bytes, short
 from .columns import listed, one_line
 from .json_rows import check_json
 
@@ -116,12 +117,14 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
             check_json([path])
+            _check_rows([path], streaming)
             files = glob.escape(str(path.resolve()))
             return _load(reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             return _loaded(datasets.load_from_disk(str(path)))[1]
         check_json(path.rglob("*.*"))
+        _check_rows(path.rglob("*.parquet"), streaming)
         if (path / "README.md").exists():
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
@@ -151,6 +154,23 @@ def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         note.write_text(digest.hexdigest())
     return splits
+
+
+def _check_rows(paths: Iterable[Path], streaming: bool) -> None:
+    """Raise InputError where parquet files say that they have more numbers than memory holds: a few bytes may stand for all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    needed = 0
+    for path in paths:
+        if path.suffix.lower() == ".parquet" and path.is_file() and not streaming:
+            with contextlib.suppress(pa.ArrowException, OSError):  # whoever reads it will say what is wrong
+                told = pq.read_metadata(path)
+                needed += 8 * told.num_rows * told.num_columns
+    if needed > (free := available_memory()):
+        raise InputError(
+            f"the parquet files hold {readable_bytes(needed)}, and {readable_bytes(free)} of memory are free; stream them"
+        )
 
 
 def _check_description(folder: Path, config: str | None) -> None:

@@ -16,7 +16,7 @@ from ..error_store.store import ErrorStore
 from ..kernels import eager
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.updater import Arithmetic, Updater, torch_optimizer
+from ..network.updater import Arithmetic, Replicas, Updater, torch_optimizer
 from .local import Local
 from .loss import mean_loss
 from .signal import Signal
@@ -36,9 +36,10 @@ class _Backward:
 
 
 class BackpropLearner(_Backward):
-    """Backpropagation by autograd with torch's fused optimizer."""
+    """Backpropagation by autograd with torch's fused optimizer; with `replicas` by torch's DistributedDataParallel."""
 
-    def __init__(self, model: Sequential, data: Data, loss: str, how: Arithmetic) -> None:
+    def __init__(self, model: Sequential, data: Data, loss: str, how: Arithmetic, replicas: Replicas | None = None) -> None:
+        self.replicas, self.run = replicas, model if replicas is None else replicas.average_gradients(model)
         self.model, self.data, self.loss, self.compute_dtype = model, data, loss, how.compute_dtype
         self.dtype, self.device = next(model.parameters()).dtype, how.device
         self.optimizer = torch_optimizer(how.rule, [p for p in model.parameters() if p.requires_grad])
@@ -54,14 +55,16 @@ class BackpropLearner(_Backward):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.steps += 1
-        draws = drawing(self.device, self.seed, "dropout", self.steps) if self.draws else nullcontext()
+        split = self.replicas is not None and self.replicas.divide(len(x))
+        own = (self.replicas.number,) if split else ()
+        draws = drawing(self.device, self.seed, "dropout", self.steps, *own) if self.draws else nullcontext()
         with draws, autocast(x.device, self.compute_dtype):
-            a = self.model(x)  # [M, C], or [batch, tokens, C]
+            a = self.run(self.replicas.own(x) if split else x)  # [M, C], or [batch, tokens, C]
         a = a.flatten(0, -2).to(self.dtype)
-        mean_loss(a, target, self.loss).backward()
+        mean_loss(a, self.replicas.own(target) if split else target, self.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Output(a.detach(), target)
+        return Output(self.replicas.gather(a) if split else a.detach(), target)
 
     def state(self) -> dict[str, Tensor]:
         """See `Learner`."""
@@ -159,12 +162,18 @@ def make_learner(
     scale: float | str = 1.0,
     store: ErrorStore | None = None,
     local: Local | None = None,
+    part: range | None = None,
+    replicas: Replicas | None = None,
 ) -> Learner:
     """The learner of a method, with the `signal` that it stands for (None: its error goes backward) and, where that is
-    delayed, a `store`."""
+    delayed, a `store`. `part`, `replicas`: see `F3Learner`."""
     if method == "fa":
         return FeedbackAlignmentLearner(model, data, Updater(model, how), loss, how.seed)
     if signal is None:
-        return BackpropLearner(model, data, loss, how)
-    updater = Updater(model, how, model.stages[-1].parameters() if signal.source == "none" else None)
-    return F3Learner(model, data, updater, loss, signal, scale, store, how.seed, local)
+        return BackpropLearner(model, data, loss, how, replicas)
+    taught = None
+    if part is not None or signal.source == "none":
+        first = len(model) - 1 if signal.source == "none" else 0
+        places = range(len(model)) if part is None else part
+        taught = [p for place in places if place >= first for p in model.of(place).parameters()]
+    return F3Learner(model, data, Updater(model, how, taught), loss, signal, scale, store, how.seed, local, part, replicas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,16 +15,17 @@ from ..base.seeds import drawing
 from ..error_store.store import ErrorStore
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from ..network.updater import Updater
+from ..network.stage import Stage
+from ..network.updater import Replicas, Step, Updater
 from .cuda_graph import GraphedStep
-from .local import Local
+from .local import Hearing, Local
 from .signal import Signal
 
 
 class Output(NamedTuple):
     """A batch's last output from before its update, `a [M, C]`, and its `target [M, C]`; or, where the operations have them for
     nothing, the loss and the hit of each prediction, `[M]` each. M counts predictions: one a sample, or one for each
-    token of a text window."""
+    token of a text window. Of a part of a network that has not the last stage, `a` is the part's output."""
 
     a: Tensor | None
     target: Tensor | None
@@ -66,8 +67,10 @@ class F3Learner:
 
     With a `local` one they learn from readings of their own outputs instead, see there.
 
-    `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. Raises ValueError for a delayed signal
-    without a store: it would learn from targets only.
+    `scale` is a factor on the hidden stages' gradient, or `mean`: one over the batch. `part`: the stages that learn here, all
+    by default; what comes before them and behind them is the work of others, to whom a store belongs as well. `replicas`:
+    those that learn from other rows of the same batches. Raises ValueError for a delayed signal without a store: it would
+    learn from targets only.
     """
 
     augment: Augment | None = None
@@ -83,13 +86,17 @@ class F3Learner:
         store: ErrorStore | None = None,
         seed: int = 0,
         local: Local | None = None,
+        part: range | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
-        if signal.delayed and store is None:
+        if signal.delayed and store is None and part is None:
             raise ValueError(f"signal {signal.source!r} needs an error store, got none")
         if signal.local and local is None:
             raise ValueError(f"signal {signal.source!r} needs readings of the hidden stages (local), got none")
         self.model, self.data, self.updater, self.loss, self.signal = model, data, updater, loss, signal
-        self.hidden, self.last = list(model.stages[:-1]), model.stages[-1]
+        self.part, self.replicas = range(len(model)) if part is None else part, replicas
+        self.last = model.stages[-1] if self.part.stop == len(model) else None
+        self.hidden = [model.stages[place] for place in self.part if place < len(model) - 1]
         self.scale, self.store, self.seed, self.local = scale, store, seed, local
         self.dtype, self.device = working_dtype(model), updater.step.device
         self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit
@@ -104,29 +111,41 @@ class F3Learner:
         return self._visit(visit, lr)
 
     def _visit(self, visit: Visit, lr: float | Tensor) -> Output:
-        x, target = batch(self.data, visit.index, self.dtype, self.device)  # [batch, ...], [M, C]
-        x = x if self.augment is None else self.augment(x, visit.number)
-        row = self.signal.before(visit, target, self.store)  # [M, R]; None: not known yet
-        hidden = visit.teach != "nothing" and self.signal.source != "none"
-        output, left = self.learn(x, target, row, hidden, lr)
+        x, target, row, split = self.given(visit)
+        output, left = self.learn(x, target, row, self.teaches(visit), lr, split)
         self.signal.after(visit, left, target, self.store)
         return output
 
+    def given(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """`(x [batch, ...], target [M, C], row [M, R], split)`: what a visit begins with. `split`: x and row are one
+        replica's."""
+        x, target = batch(self.data, visit.index, self.dtype, self.device)
+        x = x if self.augment is None else self.augment(x, visit.number)
+        row = self.signal.before(visit, target, self.store)  # None: not known yet
+        split = self.replicas is not None and self.replicas.divide(len(x))
+        if split:
+            x, row = self.replicas.own(x), None if row is None else self.replicas.own(row)
+        return x, target, row, split
+
+    def teaches(self, visit: Visit) -> bool:
+        """Whether the hidden stages learn in a visit."""
+        return visit.teach != "nothing" and self.signal.source != "none"
+
     @torch.no_grad()
     def learn(
-        self, x: Tensor, target: Tensor, row: Tensor | None, hidden: bool, lr: float | Tensor
+        self, x: Tensor, target: Tensor, row: Tensor | None, hidden: bool, lr: float | Tensor, split: bool = False
     ) -> tuple[Output, Tensor | None]:
         """One step on `x [batch, ...]`: tensors in, tensors out.
 
         `target [M, C]`; `row [M, R]` are the errors where they are known before, `hidden` says whether hidden stages learn.
-        Returns the output, and the rows `[M, R]` that the samples leave behind (None where the signal needs none).
+        `split`: `x` and `row` are those of one replica's samples. Returns the output, and the rows `[M, R]` that the samples
+        leave behind (None where the signal needs none).
         """
-        step = self.updater.begin(lr, 1 / len(target) if self.scale == "mean" else self.scale)
+        step = self.updater.begin(lr, 1 / len(target) if self.scale == "mean" else self.scale, self.replicas if split else None)
         hearing = self.local.begin(target, step) if self.local is not None else None
-        source = "none" if self.local is not None else self.signal.source
         waiting = []
-        for place, stage in enumerate(self.hidden):
-            with self._drawing(place, stage.draws, step.number):
+        for place, stage in enumerate(self.hidden, self.part.start):
+            with self._drawing(place, stage, step.number):
                 if not hidden:
                     with autocast(x.device, step.compute_dtype):
                         x = stage(x)
@@ -137,29 +156,54 @@ class F3Learner:
                 else:
                     x, kept = stage.keep(x, step)
                     waiting.append((stage, kept))
-        with self._drawing(len(self.hidden), self.last.draws, step.number):
+        if self.last is None:
+            return Output(x, target), None
+        if split:  # the last stage learns from the whole batch everywhere: its gradient is a mean
+            x, step = self.replicas.gather(x), step.alone()
+        output, left = self._end(x, target, step, hearing)
+        for stage, kept in waiting:
+            stage.teach(kept, self.signal.taught(left, target), step)
+        return output, left
+
+    def _end(self, x: Tensor, target: Tensor, step: Step, hearing: Hearing | None) -> tuple[Output, Tensor | None]:
+        """The last stage's part of a step."""
+        with self._drawing(self.part.stop - 1, self.last, step.number):
             a, kept = self.last.keep(x, step, wants_input=hearing is not None)  # [M, C], or [batch, tokens, C]
         shape = a.shape
         if len(shape) > 2:
             a = a.flatten(0, -2)  # [M, C]
         a = a.to(self.dtype)
+        source = "none" if hearing is not None else self.signal.source
         gradient, error, figures = step.ops.output_step(a, target, self.loss, source, self.signal.link)
         at_input = self.last.finish(kept, gradient.view(shape), step, wants_input=hearing is not None)
         if hearing is not None:
             hearing.close(at_input)
-        left = self.signal.kept(error, target) if self.store is not None or self.signal.current else None
-        for stage, kept in waiting:
-            stage.teach(kept, self.signal.taught(left, target), step)
+        left = self.signal.kept(error, target) if self.signal.delayed or self.signal.current else None
         return (Output(a, target) if figures is None else Output(None, None, *figures)), left
 
-    def _drawing(self, place: int, draws: bool, number: int) -> object:
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """The part's output for `x [M, ...]` in eval mode, and nothing learnt."""
+        stages = [self.model.stages[place] for place in self.part]
+        modes = [stage.training for stage in stages]
+        with autocast(x.device, self.updater.compute_dtype):
+            for stage, mode in zip(stages, modes, strict=True):
+                x = stage.eval()(x)
+                stage.train(mode)
+        return x
+
+    def _drawing(self, place: int, stage: Stage, number: int) -> AbstractContextManager:
         """Random numbers of a stage: of the seed, the step and the stage's place, whatever was drawn before and elsewhere."""
-        return drawing(self.device, self.seed, "dropout", number, place) if draws and self.model.training else nullcontext()
+        if not (stage.draws and stage.training):
+            return nullcontext()
+        own = () if self.replicas is None else (self.replicas.number,)
+        return drawing(self.device, self.seed, "dropout", number, place, *own)
 
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`: where all stages are Linear, and data and errors are on the device."""
         linear = all(isinstance(stage, Linear) for stage in self.model.stages)
-        if linear and self.augment is None and self.data.device == self.device and (self.store is None or self.store.on_device):
+        plain = linear and self.replicas is None and self.augment is None
+        if plain and self.data.device == self.device and (self.store is None or self.store.on_device):
             self.graphs = {
                 teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
             }

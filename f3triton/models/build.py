@@ -33,7 +33,7 @@ _TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width"
 _GPT = {"heads": 4, "dim": 128, "mlp_width": None, "tied": False, "feedback_shape": "shared", "feedback_at": "normalised"}
 _VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": "layer"}
 OPTIONS: dict[str, dict[str, object]] = {
-    "mlp": {"hidden": [500], "feedback_shape": "full", "norm": None, "residual": False},
+    "mlp": {"hidden": [500, 500], "feedback_shape": "full", "norm": None, "residual": False},
     "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
     "gpt": {**_TRANSFORMER, **_GPT},
     "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full", "norm": "none"},

@@ -89,7 +89,8 @@ class ConvNet(Sequential):
                 shape = count, shape[1] // 2, shape[2] // 2
             width, after = shape[0] * shape[1] * shape[2], "none" if norm == "none" else "layer"
             for units in hidden:
-                stages.append(Linear(width, units, activation, feedback, feedback_shape=not_shared(feedback_shape), norm=after))
+                own = not_shared(feedback_shape)
+                stages.append(Linear(width, units, activation, feedback, feedback_shape=own, norm=after))
                 width = units
             super().__init__(*stages, Linear(width, classes))
 

@@ -43,6 +43,7 @@ class TokenEmbedding(Stage):
         self.weight = None if tied is not None else nn.Parameter(dim**-0.5 * torch.randn(vocabulary, dim))
         self.position = nn.Parameter(dim**-0.5 * torch.randn(context, dim))
         self._tied = () if tied is None else (tied,)  # in a tuple it is no part of this stage
+        self.tied = tied is not None
 
     def vectors(self) -> Tensor:
         """Those of the tokens, `[vocabulary, dim]`."""

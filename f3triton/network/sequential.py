@@ -50,6 +50,11 @@ class Sequential(nn.Module):
     def __len__(self) -> int:
         return len(self.stages)
 
+    def of(self, place: int) -> nn.ModuleList:
+        """All that belongs to the stage in that place: itself, and its head."""
+        head = [] if self.heads is None or place >= len(self.heads) else [self.heads[place]]
+        return nn.ModuleList([self.stages[place], *head])
+
     def forward(self, x: Tensor) -> Tensor:
         if self.exit == "mean":
             return torch.stack(list(self.answers(x))).mean(0)

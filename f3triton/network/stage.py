@@ -39,6 +39,7 @@ class Stage(Part):
 
     feedback_at = "output"
     draws = True  # whether running it may draw random numbers (dropout)
+    tied = False  # whether it reads a parameter of another stage
 
     def __init__(self, feedback: str | Feedback | Tensor, feedback_shape: str = "full") -> None:
         super().__init__()

@@ -6,9 +6,11 @@ for products, updates and nothing else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,30 @@ def torch_optimizer(rule: Rule, parameters: list[nn.Parameter]) -> torch.optim.O
     return optimizer(parameters, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=fused)
 
 
+class Replicas(Protocol):
+    """What learns from other rows of the same batch, and in the end has the same weights; it is replica `number`."""
+
+    number: int
+
+    def divide(self, rows: int) -> bool:
+        """Whether so many samples can be divided among the replicas; else each of them does the same."""
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This replica's rows of a whole batch's."""
+
+    def gather(self, own: Tensor) -> Tensor:
+        """A whole batch's rows `[R M, ...]`, of which every replica has its `own [M, ...]`."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over all replicas."""
+
+    def average_gradients(self, model: nn.Module) -> nn.Module:
+        """The model, for autograd: its gradients are then the mean over all replicas."""
+
+    def by_factors(self, shape: torch.Size, rows: int) -> bool:
+        """Whether a weight of that shape `[N, K]` is updated from gathered factors, for so many rows of each replica."""
+
+
 class Step:
     """One step's updates, of the parameters that the updater has a state for.
 
@@ -67,12 +93,19 @@ class Step:
     signals of hidden stages; `number` counts steps from 1.
     """
 
-    __slots__ = ("_shadows", "_states", "compute_dtype", "number", "ops", "scale", "update")
+    __slots__ = ("_shadows", "_states", "compute_dtype", "number", "ops", "replicas", "scale", "update")
 
-    def __init__(self, updater: Updater, lr: float | Tensor, scale: float) -> None:
+    def __init__(self, updater: Updater, lr: float | Tensor, scale: float, replicas: Replicas | None = None) -> None:
+        self.replicas = replicas
         self._states, self._shadows = updater.states, updater.shadows
         self.ops, self.compute_dtype, self.number, self.scale = updater.ops, updater.compute_dtype, updater.number, scale
         self.update = Update(updater.rule, lr, updater.step, updater.seed)
+
+    def alone(self) -> Step:
+        """The same step, for what all replicas do alike."""
+        twin = copy.copy(self)
+        twin.replicas = None
+        return twin
 
     def _state(self, parameter: nn.Parameter | None) -> State | None:
         return None if parameter is None else self._states[parameter]
@@ -96,6 +129,11 @@ class Step:
     def learn(self, layer: Layer, x: Tensor, row: Tensor, feedback: Tensor | GeneratedFeedback, activation: str) -> Tensor:
         """The output for `x [rows, K]` from before the update by `scale (e B) * phi'(a)`, with `row` the `e [rows, R]`."""
         states = self._weight(layer.weight), self._state(layer.bias)
+        if self.replicas is not None:
+            source = layer.weight if states[0].shadow is None else states[0].shadow
+            h, delta = self.ops.linear_forward(x, source, layer.bias, activation, row, feedback, self.scale)
+            self._teach_together(layer, delta, x, states)
+            return h
         return self.ops.linear_step_(x, layer.weight, layer.bias, row, feedback, *states, self.update, activation, self.scale)
 
     def teach(self, layer: Layer, delta: Tensor, x: Tensor, wants_input: bool = False) -> Tensor | None:
@@ -105,6 +143,10 @@ class Step:
         """
         operation = self.ops.linear_backward_update_ if wants_input else self.ops.outer_product_update_
         states = self._weight(layer.weight), self._state(layer.bias)
+        if self.replicas is not None:
+            dx = self.input_gradient(layer, delta) if wants_input else None
+            self._teach_together(layer, delta, x, states)
+            return dx
         return operation(layer.weight, layer.bias, delta, x, *states, self.update)
 
     def read(self, layer: Layer, h: Tensor, target: Tensor, loss: str, norm: bool) -> Tensor:
@@ -112,6 +154,18 @@ class Step:
         states = self._weight(layer.weight), self._state(layer.bias)
         h = h if self.compute_dtype is None else h.to(self.compute_dtype)
         return self.ops.head_step_(h, layer.weight, layer.bias, target, loss, *states, self.update, norm)
+
+    def _teach_together(self, layer: Layer, delta: Tensor, x: Tensor, states: tuple[State, State | None]) -> None:
+        """Update from the rows of all replicas, by their factors or by the sum of their gradients."""
+        if self.replicas.by_factors(layer.weight.shape, len(x)):
+            delta, x = self.replicas.gather(delta.to(x.dtype)), self.replicas.gather(x)
+            self.ops.outer_product_update_(layer.weight, layer.bias, delta, x, *states, self.update)
+            return
+        gradients = self.ops.outer_product(delta.to(x.dtype), x)
+        for parameter, gradient, state in zip((layer.weight, layer.bias), gradients, states, strict=True):
+            if parameter is not None:
+                whole = self.replicas.total(gradient.to(torch.promote_types(parameter.dtype, torch.float32)))
+                self.ops.update_(parameter, whole.to(parameter.dtype), state, self.update)
 
     def input_gradient(self, layer: Layer, delta: Tensor) -> Tensor:
         """`delta W  [rows, K]`, and no update."""
@@ -121,6 +175,8 @@ class Step:
     @torch.no_grad()
     def apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """One parameter's update from its gradient, in place."""
+        if self.replicas is not None:
+            gradient = self.replicas.total(gradient)
         self.ops.update_(parameter, gradient, self._states[parameter], self.update)
 
 
@@ -158,11 +214,11 @@ class Updater:
                 self.states[p] = new_state(p, how.rule, place)
                 self._names.append(name)
 
-    def begin(self, lr: float | Tensor, scale: float = 1.0) -> Step:
+    def begin(self, lr: float | Tensor, scale: float = 1.0, replicas: Replicas | None = None) -> Step:
         """Count a step, and begin it with a learning rate (a number, or a scalar on the device)."""
         self.number += 1
         self.step.add_(self._one)
-        return Step(self, lr, scale)
+        return Step(self, lr, scale, replicas)
 
     def state(self) -> dict[str, Tensor]:
         """The moments by the parameters' names, and the count of steps under the empty name: the very tensors in use."""

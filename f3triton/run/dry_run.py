@@ -35,8 +35,7 @@ def dry_run(
 
 def _rows(settings: Settings, samples: int) -> int:
     """How many samples have an error row at a time."""
-    windows = settings.windows
-    return min(windows.size, samples) if windows is not None and windows.local else samples
+    return samples if settings.windows is None else settings.windows.rows(samples)
 
 
 def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset) -> tuple[int, str]:

@@ -35,8 +35,8 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
     place = None if options.exit is None else int(options.exit) if options.exit.isdecimal() else options.exit
     predictor = load(path, exit=place)
     _, test_set = load_data(stored, predictor.preprocessing)
-    same = summary.get("test_data", digest(test_set)) == digest(test_set)  # once, it was not noted
     device, dtype = settings.resolved_device, settings.types.products
+    same = summary.get("test_data", digest(test_set)) == digest(test_set)  # once, it was not noted
     network = predictor.network.to(device)
     with matmul_precision(settings.precision):
         figures = evaluate(network, test_set.to(device), predictor.loss, settings.eval_batch_size, device, dtype)

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..base.exceptions import InputError
-from ..base.files import read_object, size_of
-from ..base.memory import available_memory
+from ..base.files import check_tensors, read_object
 from ..base.schema import ANYTHING, Fields, Word, check
-from ..base.text import readable_bytes, short
+from ..base.text import short
 from ..data.preprocessing import PREPROCESSING
 from ..kernels.reference import LOSSES
 from ..models.build import NETWORK, build
@@ -278,9 +277,7 @@ def build_network(config: dict) -> Sequential:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from safetensors, after every name, shape and type has been checked. Raises InputError."""
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    size, free = size_of(path), available_memory()
-    if size > free:
-        raise InputError(f"model {str(path)!r} has {size:,} bytes, and {readable_bytes(free)} of memory are free")
+    check_tensors(path)
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict

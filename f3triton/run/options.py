@@ -32,6 +32,7 @@ from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 KEEP = 2  # checkpoints
+WORKERS = ("pipeline", "pipeline_split", "data_parallel", "data_parallel_by")
 
 
 class Parser(argparse.ArgumentParser):
@@ -265,7 +266,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
     if options.resume not in (None, "auto"):
         stored = vars(from_json(read_json(Path(options.resume).expanduser(), "config.json").get("options")))
-        parser.set_defaults(**stored | {"resume": options.resume, "output_dir": options.resume})
+        here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
+        parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
@@ -317,6 +319,8 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         if options.task == LANGUAGE_MODELING:
             raise InputError(f"task {LANGUAGE_MODELING!r} needs a text: --text FILE, or --text COLUMN with --dataset")
         _refuse(options, ("tokenizer", "context", "tokens", "prompt", "temperature"), "without --text")
+    if options.pipeline != "off" or options.data_parallel > 1:
+        _refuse(options, ("diagnose", "compare"), "with several workers; leave it out")
     if options.streaming and options.diagnose is not None:
         raise InputError("--diagnose looks at the same samples again and again, which a stream does not keep")
 

@@ -15,7 +15,7 @@ from ..models.build import OPTIONS, build, describe
 from ..network.feedback import Feedback
 from ..network.sequential import Sequential
 from ..recipes import open_data, read_recipe, split_name
-from .settings import Settings
+from .settings import LOCAL, Settings
 
 
 def load_data(options: argparse.Namespace, preprocessing: Preprocessing | None = None) -> tuple[Dataset, Dataset]:
@@ -76,10 +76,19 @@ def make_network(options: argparse.Namespace, network: dict[str, object]) -> Seq
     return build(network, make_feedback(options))
 
 
-def by_backpropagation(settings: Settings, streaming: bool) -> Settings:
-    """The same training by backpropagation, in one order without windows but for a stream, which has no other."""
-    windows = {} if streaming else {"window": "off", "visits": None}
+METHOD_NAMES = {"local": "local errors", "bp": "backpropagation"}  # of what a run is compared with
+
+
+def peers_of(settings: Settings, options: argparse.Namespace) -> list[Settings]:
+    """What a run is compared with: the same training by backpropagation, and before it, of F3 in a network of several hidden
+    stages, by local errors. In one order without windows, but for a stream, which has no other."""
+    windows = {} if options.streaming else {"window": "off", "visits": None, "window_order": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
-    local = {"local_head": "auto", "local_head_depth": 0, "local_feedback": "head", "reach": 1}
-    local |= {"local_positions": 1.0, "local_candidates": None}
-    return replace(settings, method="bp", signal=None, **errors, **windows, **local)
+    local = {name: getattr(Settings(), name) for name in LOCAL}
+    workers = {"pipeline": "off", "pipeline_split": None, "data_parallel": 1, "data_parallel_by": "auto"}
+    settings = replace(settings, signal=None, **errors, **windows, **workers)
+    found = [replace(settings, method="bp", **local)]
+    if settings.method == "f3" and options.model == "mlp" and len(options.hidden or OPTIONS["mlp"]["hidden"]) > 1:
+        plain = {"link": "auto", "mask_target": False, "hidden_scale": 1.0}
+        found.insert(0, replace(settings, method="local", **plain))
+    return found

@@ -17,7 +17,7 @@ class FitResult:
     """What `fit` did: epochs and steps done, one record an evaluation (`history`), and the seconds spent learning.
 
     Kept up to date step by step, so that it is true also when the run is cut short. `status` is `completed`, `interrupted`
-    after Ctrl-C, `diverged`, or `running`.
+    after Ctrl-C, `diverged`, or `running`. `workers`: of a pipeline's, the milliseconds a step that each was busy and waited.
     """
 
     epochs: int = 0
@@ -25,6 +25,7 @@ class FitResult:
     history: list[Record] = field(default_factory=list)
     learning_seconds: float = 0.0
     status: str = "running"
+    workers: list[dict[str, float]] = field(default_factory=list)
     began: float | None = field(default=None, repr=False)  # when the learning that goes on now did
 
     @contextmanager

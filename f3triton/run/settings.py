@@ -22,6 +22,9 @@ from ..base.exceptions import InputError
 from ..base.precision import PRECISIONS, Precision, resolve_precision
 from ..base.seeds import check_seed
 from ..data.augment import AUGMENTATIONS
+from ..distributed.mesh import parse_pipeline
+from ..distributed.replicas import BY
+from ..error_store import is_folder
 from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
 from ..kernels.dispatch import BACKENDS, Choice, choose
 from ..kernels.reference import LINKS, LOSSES
@@ -29,7 +32,7 @@ from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.signal import METHODS, SIGNALS, Signal, resolve_signal
 from ..network.updater import RULES, make_rule
-from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, Windows, resolve_windows
+from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS, Windows, resolve_windows
 from .schedule import SCHEDULES, make_schedule
 
 SWITCH = ("auto", "on", "off")
@@ -149,6 +152,8 @@ class Settings:
         "what a window's first visit teaches the hidden layers; default: skip (nothing)"))
     augment: str = field(default="none", metadata=about("training", choices=AUGMENTATIONS, within="augment", help=
         "how training images are changed at each visit: shift (by up to an eighth of their side), crop-flip (and mirrored)"))
+    window_order: str | None = field(default=None, metadata=about("training", choices=ORDERS, within="windows", help=
+        "windows one after the other, or two at a time in turns (A B A B), so that a pipeline does not wait; default: one"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits"))
 
@@ -160,6 +165,16 @@ class Settings:
         "run a step as one CUDA graph, where all stages are Linear"))
     precision: str = field(default="float32", metadata=about("run", choices=PRECISIONS, help=
         "precision of the matrix products; weights are float32, but for float64 and bfloat16-weights"))
+    pipeline: int | str = field(default="off", metadata=about("run", parse=count_or_word, metavar="N", free=True, help=
+        "the network's stages on N processes that torchrun has started, or auto: on all of them; threads:N: on N threads of "
+        "this process; off: on one"))
+    pipeline_split: str | Sequence[int] | None = field(default=None, metadata=about("run", metavar="N,N", free=True, help=
+        "numbers of stages of the pipeline's workers, such as 5,6; default: by the stages' measured times"))
+    data_parallel: int = field(default=1, metadata=about("run", metavar="R", free=True, help=
+        "divide every batch among R replicas, each a process or a pipeline"))
+    data_parallel_by: str = field(default="auto", metadata=about("run", choices=BY, free=True, help=
+        "what replicas exchange: factors (inputs and errors; linear layers learn exactly what one worker learns), gradients "
+        "(to rounding), auto: what is less"))
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -170,8 +185,8 @@ class Settings:
             also = "or a rule such as f3triton.Adam(lr=5e-4)" if one.name == "optimizer" else ""
             object.__setattr__(self, one.name, check_word(one.name.replace("_", " "), value, choices, also))
         for name, value in (("batch size", self.batch_size), ("eval batch size", self.eval_batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if not isinstance(value, int) or not 1 <= value < 1 << 31:
+                raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {value!r}")
         check_seed(self.seed)
         scale = self.hidden_scale
         if scale != "mean" and not (isinstance(scale, int | float) and math.isfinite(scale)):
@@ -185,6 +200,7 @@ class Settings:
         if self.error_rank is not None and (self.resolved_signal is None or not self.resolved_signal.through_feedback):
             raise InputError(f"error rank {self.error_rank!r} has no effect with the method {self.method!r}; leave it out")
         self._check_local()
+        self._check_workers()
         if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
             raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
 
@@ -206,6 +222,47 @@ class Settings:
             raise InputError(f"local candidates must be a whole number of at least 1, got {count!r}")
         if self.local_feedback == "random" and (self.local_head == "shared" or self.local_head_depth):
             raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
+
+    def _check_workers(self) -> None:
+        workers, _ = parse_pipeline(self.pipeline)
+        if not isinstance(self.data_parallel, int) or self.data_parallel < 1:
+            raise InputError(f"data parallel must be a whole number of at least 1, got {self.data_parallel!r}")
+        if workers == "off" and self.pipeline_split is not None:
+            raise InputError(f"pipeline split {self.pipeline_split!r} has no effect without a pipeline; leave it out")
+        if self.data_parallel == 1 and self.data_parallel_by != "auto":
+            raise InputError(f"data parallel by {self.data_parallel_by!r} has no effect without data parallel; leave it out")
+        _ = self.split
+        signal = self.resolved_signal
+        if workers != "off" and (signal is None or signal.current):
+            raise InputError(
+                f"pipeline {self.pipeline!r} needs stages that do not wait for later ones, and with the method {self.method!r} "
+                "they do; use f3, drtp, local or last-layer"
+            )
+        if workers != "off" and signal.local and (self.reach > 1 or self.local_head == "shared"):
+            wrong = f"reach {self.reach}" if self.reach > 1 else "local head 'shared'"
+            raise InputError(
+                f"{wrong} needs stages of other workers, which a pipeline has not; use heads of the stages' own, reach 1"
+            )
+        if self.data_parallel > 1:
+            if self.method != "bp" and (signal is None or signal.current or signal.local):
+                raise InputError(f"data parallel is for the methods f3, drtp, last-layer and bp, got {self.method!r}")
+            if self.batch_size % self.data_parallel:
+                raise InputError(f"batch size {self.batch_size} cannot be divided among {self.data_parallel} replicas")
+            if is_folder(self.error_store):
+                raise InputError(f"error store {str(self.error_store)!r} cannot be written by several replicas; use memory")
+        if self.cuda_graph == "on" and (workers != "off" or self.data_parallel > 1):
+            raise InputError("cuda graph 'on' does not go with a pipeline or data parallel; use 'auto'")
+
+    @cached_property
+    def split(self) -> list[int] | None:
+        """The numbers of stages of a pipeline's workers, where they were given."""
+        given = self.pipeline_split
+        if given is None:
+            return None
+        try:
+            return [int(part) for part in (given.split(",") if isinstance(given, str) else given)]
+        except (TypeError, ValueError):
+            raise InputError(f"pipeline split {given!r} is not understood; allowed: numbers of stages, such as 5,6") from None
 
     @cached_property
     def resolved_signal(self) -> Signal | None:
@@ -229,7 +286,9 @@ class Settings:
     @cached_property
     def windows(self) -> Windows | None:
         """The windows in which samples are visited; None where they are not."""
-        return resolve_windows(self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors)
+        return resolve_windows(
+            self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors, self.window_order
+        )
 
     @cached_property
     def resolved_device(self) -> torch.device:
@@ -256,12 +315,18 @@ class Settings:
         own = [one.name for one in fields(self) if not (one.metadata["free"] or one.metadata["within"])]
         signal = self.resolved_signal
         words = None if signal is None else {"source": signal.source, "link": signal.link, "mask": signal.mask}
-        resolved = {"signal": words, "windows": None if self.windows is None else asdict(self.windows)}
+        windows = None if self.windows is None else asdict(self.windows)
+        if windows is not None and windows["order"] == "one":
+            del windows["order"]  # as it was when there was no other
+        resolved = {"signal": words, "windows": windows}
         if signal is not None and signal.local:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
         if self.augment != "none":
             resolved["augment"] = self.augment
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
+
+
+LOCAL = tuple(one.name for one in fields(Settings) if one.metadata["within"] == "local")  # those of the method local
 
 
 def takes_settings(cls: type) -> type:

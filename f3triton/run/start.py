@@ -13,6 +13,7 @@ from pathlib import Path
 from ..base.exceptions import InputError
 from ..data import Dataset
 from ..data.identity import identity
+from ..distributed.mesh import processes
 from ..error_store import check_home, is_folder, remove_store
 from ..learn.signal import resolve_loss
 from .checkpoint import Checkpoints, Snapshot, newest, parse_every
@@ -38,7 +39,7 @@ class Start:
         path = Path(options.output_dir or "").expanduser()
         if options.output_dir and is_folder(options.error_store) and whole_path(path) == whole_path(options.error_store):
             raise InputError(f"--output-dir and --error-store are both {str(path)!r}; give the store a folder of its own")
-        if options.output_dir and path.is_dir() and not options.dry_run:
+        if options.output_dir and path.is_dir() and not options.dry_run and not processes()[0]:
             self.lock = FolderLock(path)
         try:
             self._look()
@@ -76,13 +77,16 @@ class Start:
         if self.snapshot is not None:
             require_same(self.snapshot, settings_of(trainer, identity(train_set), options.epochs, options.eval_every))
         path, resume = options.output_dir or default_folder(options), self.snapshot is not None
+        store, begun = trainer.store_for(train_set), self.begun or {}
+        home = None if store is None else store[0]
+        replaced = home is not None and is_folder(home)
+        replaced = replaced and (options.overwrite or begun.get("error_store") == whole_path(home))
+        if store is not None and not resume and not replaced:
+            check_home(*store)
         folder = self.folder = RunFolder(path, self.overwrite, resume, not options.drop_heads, _warn, self.lock)
         folder.require_space(trainer.model)
-        store, begun = trainer.store_for(train_set), self.begun or {}
-        if store is not None:
-            home = store[0]
-            if is_folder(home) and (options.overwrite or begun.get("error_store") == whole_path(home)):
-                remove_store(home)
+        if replaced:
+            remove_store(home)
             if not resume:
                 check_home(*store)
         if self.checkpoints is not None:
@@ -133,7 +137,7 @@ def _checkpoint_to_resume(options: argparse.Namespace) -> Snapshot | None:
     if options.output_dir is None:
         raise InputError("--resume auto needs --output-dir, the run's folder")
     folder = Path(options.output_dir).expanduser()
-    found = newest(folder / CHECKPOINTS, _warn)
+    found = newest(folder / CHECKPOINTS, (lambda line: None) if processes()[0] else _warn)
     if found is None and options.resume != "auto":
         raise InputError(f"run {options.resume!r} has no checkpoint to go on from")
     if found is None and (folder / "summary.json").exists():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 
 from ..base.exceptions import InputError
 from ..base.schema import check
+from ..base.seeds import one_at_a_time
 from ..base.text import short
+from ..distributed.ring import Alone
 from ..error_store import ErrorStore
 from ..learn.step import Learner
 from ..visits.streams import StreamWindows
@@ -65,15 +70,16 @@ class Network:
 class Moments:
     """What the learner's update rule keeps; restored after the weights."""
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    def __init__(self, *learners: Learner) -> None:
+        self.learners = learners  # of one network: each has the moments of its part
 
     def state(self) -> State:
-        return self.learner.state(), {}
+        return {name: tensor for learner in self.learners for name, tensor in learner.state().items()}, {}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        fill(self.learner.state(), tensors, "the moments")
-        self.learner.resumed(state["steps"])
+        for learner in self.learners:
+            fill(learner.state(), tensors, "the moments")
+            learner.resumed(state["steps"])
 
 
 class Errors:
@@ -109,7 +115,8 @@ class Generators:
         self.device = device
 
     def state(self) -> State:
-        states = {"cpu": torch.get_rng_state()}
+        with one_at_a_time:  # none of a stage that draws in another thread
+            states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states, {}
@@ -118,6 +125,26 @@ class Generators:
         torch.set_rng_state(tensors["cpu"])
         if self.device.type == "cuda" and "cuda" in tensors:
             torch.cuda.set_rng_state(tensors["cuda"], self.device)
+
+
+# What has gone ahead when the last worker has done a step; all else waits for it.
+AT_ONCE = ("stream", "random")
+AGAIN = 2.0  # seconds: a launcher sends the signal that its processes have got from the terminal once more
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, object], None], *signals: int) -> Iterator[None]:
+    """`handler` for those of the signals that nobody handles yet; in the main thread only, as Python has it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    usual = (signal.default_int_handler, signal.SIG_DFL)
+    before = {number: signal.getsignal(number) for number in signals if in_main and signal.getsignal(number) in usual}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handled in before.items():
+            signal.signal(number, handled)
 
 
 class Keeper:
@@ -131,56 +158,61 @@ class Keeper:
         result: FitResult,
         store: ErrorStore | None,
         checkpoints: Checkpoints | None,
+        flow: Alone,
         steps_per_epoch: int | None = None,
     ) -> None:
         """`steps_per_epoch`: None where it is not known."""
+        self.flow = flow
         self.parts, self.settings, self.result, self.store, self.checkpoints = parts, settings, result, store, checkpoints
         self.steps_per_epoch = steps_per_epoch
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
-        self.asked_to_stop = False
+        self.pressed, self.pressed_at = 0, -AGAIN  # times that somebody asked to stop
 
-    def after_step(self) -> None:
-        """Between two steps: write a checkpoint if one is due. Raises KeyboardInterrupt after Ctrl-C."""
-        if self.checkpoints is not None:
-            self._keep(self.checkpoints.due(self.result.steps))
+    def after_step(self, steps: int) -> None:
+        """After so many steps, before the next: write a checkpoint if one is due. Raises KeyboardInterrupt after Ctrl-C."""
+        self._keep(self.checkpoints is not None and self.checkpoints.due(steps))
 
-    def after_epoch(self) -> None:
+    def after_epoch(self, epochs: int) -> None:
         """At the end of an epoch, after its record, likewise."""
-        if self.checkpoints is not None:
-            self._keep(self.checkpoints.due_after_epoch(self.result.epochs))
+        self._keep(self.checkpoints is not None and self.checkpoints.due_after_epoch(epochs))
 
     def _keep(self, due: bool) -> None:
-        if due or self.asked_to_stop:
+        if due or (self.pressed and self.checkpoints is not None):
             self.save()
-        if self.asked_to_stop:
+        if self.pressed:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def interrupts_between_steps(self) -> Iterator[None]:
-        """Ctrl-C waits for the step's end and a last checkpoint, where there are any; a second Ctrl-C waits for nothing."""
-        before = signal.getsignal(signal.SIGINT)
-        in_main = threading.current_thread() is threading.main_thread()
-        if self.checkpoints is None or not in_main or before is not signal.default_int_handler:
-            yield
-            return
+        """Ctrl-C waits for the step's end and a last checkpoint, where there are any; a second Ctrl-C waits for nothing.
+
+        With several workers it waits in any case, and SIGTERM is the same.
+        """
 
         def ask(number: int, frame: object) -> None:
-            if self.asked_to_stop:
+            if self.flow.elsewhere and time.monotonic() - self.pressed_at < AGAIN:
+                return
+            self.pressed, self.pressed_at = self.pressed + 1, time.monotonic()
+            if self.pressed > 1:
                 raise KeyboardInterrupt
-            self.asked_to_stop = True
 
-        signal.signal(signal.SIGINT, ask)
-        try:
+        elsewhere = self.flow.elsewhere
+        with handling(ask, signal.SIGINT, *[signal.SIGTERM] * elsewhere) if elsewhere or self.checkpoints else nullcontext():
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, as soon as all of it is there: other workers, and rows that are on their way, may
+        be some steps behind."""
+        now = {name: part.state() for name, part in self.parts.items() if name in AT_ONCE}
+        self.flow.states(partial(self._write, now))
+
+    def _write(self, now: dict[str, State], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Write the checkpoint of the step that has just come back from all workers."""
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {"settings": self.settings}
+        now |= {"network": (weights, {}), "moments": (moments, {})}
         for name, part in self.parts.items():
-            own, numbers = part.state()
+            own, numbers = now[name] if name in now else part.state()
             tensors |= {f"{name}.{key}" if key else name: tensor for key, tensor in own.items()}
             state |= numbers
         steps = self.result.steps
@@ -206,18 +238,9 @@ class Keeper:
         done = state["epoch"] * (each or 0) + state.get("tally", {}).get("batches", 0)
         if each is not None and state["steps"] != done:
             raise InputError(f"the checkpoint's state: steps are {state['steps']:,}, and its epochs and batches make {done:,}")
-        try:
-            for name, part in self.parts.items():
-                own = {key.removeprefix(f"{name}."): t for key, t in snapshot.tensors.items() if key.startswith(f"{name}.")}
-                if name in snapshot.tensors:
-                    own[""] = snapshot.tensors[name]
-                part.restore(own, snapshot.state)
+        restore(self.parts, snapshot)
+        with complete():
             self._tidy(snapshot.state["steps"], snapshot.state.get("store_epoch", 0))
-        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = short(f"{type(error).__name__} {error}", 200)[1:-1]
-            raise InputError(f"the checkpoint lacks a part of the run: {reason}") from None
 
     def _tidy(self, steps: int, store_epoch: int) -> None:
         """Remove the checkpoints that the run would have removed, had it not been killed, and see what the others need.
@@ -235,6 +258,28 @@ class Keeper:
             if number < steps and isinstance(epoch, int):
                 self.needs[number] = epoch
         self.release()
+
+
+@contextlib.contextmanager
+def complete() -> Iterator[None]:
+    """Turn what comes of a checkpoint that lacks something into an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = short(f"{type(error).__name__} {error}", 200)[1:-1]
+        raise InputError(f"the checkpoint lacks a part of the run: {reason}") from None
+
+
+def restore(parts: dict[str, Part], snapshot: Snapshot) -> None:
+    """Put `parts` in the state of a checkpoint. Raises InputError where they do not fit."""
+    with complete():
+        for name, part in parts.items():
+            own = {key.removeprefix(f"{name}."): t for key, t in snapshot.tensors.items() if key.startswith(f"{name}.")}
+            if name in snapshot.tensors:
+                own[""] = snapshot.tensors[name]
+            part.restore(own, snapshot.state)
 
 
 def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -48,6 +49,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
         "exits": exits_of(trainer, test, figure),
+        "workers": result.workers or None,
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
@@ -76,16 +78,17 @@ def exits_of(trainer: Trainer, test: Dataset, figure: str) -> dict[str, float] |
 
 
 def write_summary(
-    folder: RunFolder, trainer: Trainer, data: tuple[Dataset, Dataset], seconds: float, other: Trainer | None = None
+    folder: RunFolder, trainer: Trainer, data: tuple[Dataset, Dataset], seconds: float, others: Sequence[Trainer] = ()
 ) -> dict:
-    """Write `summary.json` and `curves.png`, with the run of an `other` trainer beside it; returns the summary."""
+    """Write `summary.json` and `curves.png`, with the runs of `others` beside it; returns the summary."""
     summary = summarise(trainer, *data, trainer.result, seconds)
     runs = {trainer.method: trainer.result.history}
-    if other is not None:
-        runs["bp"] = other.result.history
+    for other in others:
+        runs[other.method] = other.result.history
         against = summarise(other, *data, other.result, other.result.learning_seconds)
         wanted = ("method", *shown(against), "steps_per_second")
-        summary["comparison"] = {key: against[key] for key in wanted if not key.startswith("train")}
+        found = {key: against[key] for key in wanted if not key.startswith("train")}
+        summary.setdefault("comparison", []).append(found)
     folder.mend(None if trainer.result.status == "diverged" else trainer.model)
     folder.write_json("summary.json", summary)
     figure, label = _figure_of(data[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..base.data import Data, batch
 from ..base.exceptions import InputError
 from ..base.precision import autocast, working_dtype
+from ..distributed.ring import Alone
 from ..learn.loss import hits, losses_by_sample, mean_loss
 from ..learn.step import Output
 
@@ -32,7 +34,7 @@ class Diverged(RuntimeError):
 
     def __init__(self, step: int, value: float) -> None:
         super().__init__(f"the loss became {value} at step {step}; try a smaller learning rate")
-        self.step = step
+        self.step, self.value = step, value
 
 
 def slots(batch: int, outputs: int) -> int:
@@ -153,24 +155,29 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, loss: str, batch_size: int, device: torch.device, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    data: Data,
+    loss: str,
+    batch_size: int,
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+    flow: Alone | None = None,
 ) -> Figures:
     """The figures of a whole data set, in its own order and in eval mode; sums are in float64.
 
-    `batch_size` counts predictions. Raises InputError where the data have other outputs than the model.
+    `batch_size` counts predictions. With a `flow` of several workers the network is theirs. Raises InputError where the data
+    have other outputs than the model.
     """
     was_training = model.training
-    model.eval()
+    if flow is None:
+        model.eval()
     dtype = working_dtype(model)
     total = torch.zeros((), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    samples = max(1, batch_size // data.positions)
-    for start in range(0, len(data), samples):
-        index = torch.arange(start, min(start + samples, len(data)), device=data.device)
-        x, target = batch(data, index, dtype, device)
-        with autocast(device, compute_dtype):
-            a = model(x)
+
+    def add(target: Tensor, a: Tensor) -> None:
+        nonlocal total, right, squares
         a = a.flatten(0, -2).to(dtype)  # [M, C]
         if a.shape != target.shape:
             raise InputError(f"the model gives {a.shape[-1]} outputs, and the data to evaluate have {target.shape[-1]}")
@@ -178,7 +185,21 @@ def evaluate(
         right += hits(a, target).sum()
         if loss == "mse":
             squares = squares + (a - target).double().square().sum(0)  # [targets]
-    model.train(was_training)
+
+    samples = max(1, batch_size // data.positions)
+    for start in range(0, len(data), samples):
+        index = torch.arange(start, min(start + samples, len(data)), device=data.device)
+        x, target = batch(data, index, dtype, device)
+        if flow is not None:
+            flow.forward(x, partial(add, target))
+            continue
+        with autocast(device, compute_dtype):
+            a = model(x)
+        add(target, a)
+    if flow is not None:
+        flow.drain()
+    else:
+        model.train(was_training)
     mse = (squares / len(data)).tolist() if loss == "mse" else None
     count = len(data) * data.positions
     return Figures(count, float(total) / count, int(right), mse)

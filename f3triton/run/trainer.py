@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ..data import Dataset, StreamDataset
 from ..data.arrays import Arrays, as_dataset
 from ..data.augment import Augmentation
 from ..data.identity import identity
+from ..distributed.mesh import agree, join
+from ..distributed.ring import Alone
+from ..distributed.split import parts_of
 from ..error_store import Codec, ErrorStore, Rows, is_folder, make_codec, make_store, pick_home
 from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
@@ -26,7 +30,7 @@ from ..learn.local import Local
 from ..learn.narrow import Narrow
 from ..learn.peers import make_learner, require_linear
 from ..learn.signal import Signal, resolve_loss
-from ..learn.step import Learner
+from ..learn.step import Learner, Output
 from ..network.feedback import error_projection
 from ..network.layers import Layers
 from ..network.linear import Linear
@@ -45,6 +49,7 @@ from .schedule import make_schedule
 from .settings import Settings, takes_settings
 from .state import Errors, Generators, Keeper, Moments, Network, Part, Stream
 from .tally import Diverged, Tally, evaluate, slots
+from .workers import arrange, help_along, lead, replicas_of, reuse_lines, rows_are_alike
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Plan:
     augment: Augmentation | None
     steps_per_epoch: int
     lr_at: Callable[[int], float]  # by steps, counted from 1
+    split: list[int] | None = None  # how many stages each worker of a pipeline has
 
 
 @takes_settings
@@ -92,6 +98,7 @@ class Trainer:
         self.lr_schedule, self.warmup_steps = own.lr_schedule, own.warmup_steps
         self.batch_size, self.eval_batch_size = own.batch_size, own.eval_batch_size
         self.error_store, self.error_dtype, self.error_rank = own.error_store, own.error_dtype, own.error_rank
+        self.seat = join(own.pipeline, own.data_parallel)  # a GPU of its own is chosen here
         self.device, self.compute_dtype = own.resolved_device, own.types.products
         self.choice = own.choose()  # of the backend; again when the layers' sizes are known
         self.cuda_graph = own.cuda_graph if self.device.type == "cuda" else "off"
@@ -101,7 +108,9 @@ class Trainer:
         elif own.precision == "bfloat16-weights":
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(own.types.parameters)  # buffers, such as running statistics, stay float32
+        self.replicas = replicas_of(self.seat, own)
         self.learner: Learner | None = None
+        self.stage_milliseconds: list[float] = []  # by which a pipeline was divided
         self.result = FitResult()
         self._plan: Plan | None = None
         self._planned: tuple[object, ...] = ()  # the arguments of that plan
@@ -136,41 +145,60 @@ class Trainer:
         """
         plan = self.check(train, test, epochs, eval_every)
         self.result = result = FitResult()
+        settings = settings_of(self, identity(plan.train), plan.epochs, plan.eval_every)
+        agree(self.seat, {"the checkpoint to go on from": None if resume is None else resume.state.get("steps")})
+        if self.seat.worker > 0:
+            help_along(self, plan, settings, resume)
+            return result
         with contextlib.ExitStack() as cleanup:
-            order, keeper, tally = self._begin(plan, batches, checkpoints, resume, cleanup)
-            learner = self.learner
+            flow, order, keeper, tally = self._begin(plan, settings, batches, checkpoints, resume, cleanup)
+            steps, behind = result.steps, tally.batches  # of an epoch that was begun before
+
+            def done(samples: int, output: Output) -> None:
+                result.steps += 1
+                tally.add(output, result.steps)
+                if on_step is not None:
+                    on_step(samples)
+
             try:
                 for epoch in range(result.epochs, epochs):
+                    figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
-                        for visit in self._visits(order, epoch, tally.batches, plan):
-                            output = learner.visit(visit, plan.lr_at(result.steps + 1))
-                            result.steps += 1
-                            tally.add(output, result.steps)
-                            keeper.after_step()
-                            if on_step is not None:
-                                on_step(len(visit.index))
-                        figures = tally.figures(result.steps)
-                        result.epochs += 1
-                        carried = self._end_epoch(epoch)
-                        keeper.release()
-                    if result.epochs % eval_every == 0 or result.epochs == epochs:
-                        self._record(plan, result.epochs, train_record(plan.train, figures) | carried, on_record)
-                    keeper.after_epoch()
+                        for visit in self._visits(order, epoch, behind, plan, steps):
+                            steps += 1
+                            flow.visit(visit, plan.lr_at(steps), partial(done, len(visit.index)))
+                            keeper.after_step(steps)
+                        behind = 0
+                        if self.learner.store is not None and self.learner.store.reads_ahead:
+                            flow.drain()  # what an epoch has written to a file is read when all of it is there
+                        flow.then(partial(self._end_epoch, epoch, plan, tally, keeper, figures))
+                        recorded = (epoch + 1) % eval_every == 0 or epoch + 1 == epochs
+                        if recorded:
+                            flow.drain()
+                    if recorded:
+                        self._record(plan, epoch + 1, figures, on_record, flow)
+                    keeper.after_epoch(epoch + 1)
+                flow.drain()
                 result.status = "completed"
             except KeyboardInterrupt:
+                if keeper.pressed > 1 and flow.elsewhere:
+                    raise
+                flow.drain()
                 result.status = "interrupted"
                 if result.steps > (result.history[-1]["step"] if result.history else 0):
-                    self._record(plan, round(result.steps / plan.steps_per_epoch, 3), {}, on_record)
+                    self._record(plan, round(result.steps / plan.steps_per_epoch, 3), {}, on_record, flow)
+            flow.whole()
         return result
 
     def _begin(
         self,
         plan: Plan,
+        settings: dict[str, object],
         batches: Callable[[int], Iterable[Tensor]] | None,
         checkpoints: Checkpoints | None,
         resume: Snapshot | None,
         cleanup: contextlib.ExitStack,
-    ) -> tuple[Order, Keeper, Tally]:
+    ) -> tuple[Alone, Order, Keeper, Tally]:
         """Make the learner and everything around it, as at the start of the run or where `resume` left it."""
         train, device = plan.train, self.device
         if checkpoints is not None:
@@ -186,46 +214,69 @@ class Trainer:
         store = self._make_store(plan, data, 2 if checkpoints is None else 3, resume is not None)
         if store is not None:
             cleanup.callback(store.close)
-        local = None
-        if plan.signal is not None and plan.signal.local:
-            own = self.settings
-            narrow = Narrow(own.local_positions, own.local_candidates, self.seed)
-            local = Local(plan.loss, self.model, own.reach, narrow)
-        how = Arithmetic(self.rule, self.choice.operations, device, self.compute_dtype, self.seed)
-        self.learner = make_learner(self.method, self.model, data, plan.loss, how, plan.signal, self.hidden_scale, store, local)
-        self.learner.augment = plan.augment
-        if self.cuda_graph != "off":
+        self.learner = self.learner_of(plan, 0, data, store)
+        if self.cuda_graph != "off" and self.seat.workers == 1:
             graphed = self.learner.use_graph(self.batch_size, slots(self.batch_size, train.outputs))
             if self.cuda_graph == "on" and not graphed:
                 raise InputError(
                     "cuda graph 'on' needs stages that are all Linear, data that fits on the device, and a method other than "
                     "'bp'; use 'auto'"
                 )
-        where = torch.device("cpu") if store is not None and store.reads_ahead else train.device  # are the sample indices
-        order: Order
-        if self.windows is None:
-            order = EpochOrder(len(train), self.batch_size, self.seed, where, batches)
-        else:
-            kind = WindowOrder if stream is None else StreamOrder
-            order = kind(len(train), self.batch_size, self.windows, self.seed, plan.errors is not None, where)
+        flow, others, leave = lead(self, plan)
+        on_host = flow.elsewhere or (store is not None and store.reads_ahead)
+        where = torch.device("cpu") if on_host else train.device  # are the sample indices
+        order = self.order_of(plan, where, batches)
         tally = Tally(plan.loss, train.outputs, device)
-        parts: dict[str, Part] = {"network": Network(self.model), "moments": Moments(self.learner), "progress": self.result}
+        parts: dict[str, Part] = {
+            "network": Network(self.model),
+            "moments": Moments(self.learner, *others),
+            "progress": self.result,
+        }
         parts |= {} if store is None else {"errors": Errors(store)}
         parts |= {} if stream is None else {"stream": Stream(stream)}
         parts |= {"tally": tally, "random": Generators(device)}
-        settings = settings_of(self, identity(train), plan.epochs, plan.eval_every)
         known = order.steps_per_epoch if batches is None else None
-        keeper = Keeper(parts, settings, self.result, store, checkpoints, known)
+        keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known)
         cleanup.enter_context(keeper.interrupts_between_steps())
+        cleanup.push(leave)
         if resume is not None:
             keeper.restore(resume)
-        return order, keeper, tally
+        return flow, order, keeper, tally
 
-    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan) -> Iterable[Visit]:
-        """An epoch's visits after the first `skip`; the error store may look ahead at them."""
+    def order_of(self, plan: Plan, where: torch.device, batches: Callable[[int], Iterable[Tensor]] | None = None) -> Order:
+        """The order of the run's visits, their tensors on the device `where`."""
+        count = len(plan.train)
+        if self.windows is None:
+            return EpochOrder(count, self.batch_size, self.seed, where, batches)
+        kind = StreamOrder if isinstance(plan.train, StreamDataset) else WindowOrder
+        return kind(count, self.batch_size, self.windows, self.seed, plan.errors is not None, where)
+
+    def learner_of(self, plan: Plan, worker: int, data: Data | None = None, store: ErrorStore | None = None) -> Learner:
+        """What learns at a worker: a part of the network where there are several, else all of it."""
+        local = None
+        if plan.signal is not None and plan.signal.local:
+            own = self.settings
+            narrow = Narrow(own.local_positions, own.local_candidates, self.seed)
+            local = Local(plan.loss, self.model, own.reach, narrow)
+        part = None if self.seat.workers == 1 else parts_of(plan.split)[worker]
+        how = self.arithmetic()
+        scale = self.hidden_scale
+        learner = make_learner(
+            self.method, self.model, data, plan.loss, how, plan.signal, scale, store, local, part, self.replicas
+        )
+        learner.augment = plan.augment
+        return learner
+
+    def arithmetic(self) -> Arithmetic:
+        """How its updates are computed."""
+        return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed)
+
+    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int) -> Iterable[Visit]:
+        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead."""
         visits, store = order.visits(epoch, skip), self.learner.store
-        visits = (visit._replace(number=number) for number, visit in enumerate(visits, self.result.steps))
-        return visits if store is None or not store.reads_ahead else planned(visits, store.plan, plan.train.device)
+        visits = (visit._replace(number=number) for number, visit in enumerate(visits, steps))
+        plans = store is not None and store.reads_ahead and self.seat.workers == 1
+        return visits if not plans else planned(visits, store.plan, plan.train.device)
 
     def check(
         self,
@@ -279,7 +330,8 @@ class Trainer:
         if signal is not None and signal.local:
             add_readings(self.model, self.settings, train.outputs, train.positions)
             check_narrow(self.model, self.settings, loss, train.outputs, train.positions)
-        self._plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
+        plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
+        self._plan = replace(plan, split=arrange(self, plan))
         return self._plan
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
@@ -287,8 +339,7 @@ class Trainer:
         if self.signal is None or not self.signal.delayed:
             return None
         codec = error_codec(self.error_dtype, train, working_dtype(self.model), self.error_rank, self.seed)
-        local = self.windows is not None and self.windows.local
-        samples = min(self.windows.size, len(train)) if local else len(train)
+        samples = len(train) if self.windows is None else self.windows.rows(len(train))
         return pick_home(self.error_store, samples * codec.row_bytes, self.device), samples, codec
 
     def _make_store(self, plan: Plan, data: Data, generations: int, resume: bool) -> ErrorStore | None:
@@ -310,6 +361,20 @@ class Trainer:
         signal += "" if self.windows is None else f", {self.windows}"
         return f"method {self.method}{signal}, {rule} lr {self.rule.lr:g} {self.lr_schedule}, device {self.device}"
 
+    def describe_workers(self) -> list[str]:
+        """What each of several workers does, after `check`: a line for a pipeline, and one for replicas."""
+        plan, lines = self._plan, []
+        if plan is not None and plan.split is not None:
+            kind = "threads" if self.seat.threads else "processes"
+            each = ", ".join(f"{cost:g}" for cost in self.stage_milliseconds)
+            why = f"; by the milliseconds of a batch in each stage: {each}" if each else ""
+            lines.append(f"pipeline of {self.seat.workers} {kind}: {', '.join(map(str, plan.split))} stages{why}")
+            lines += reuse_lines(self, plan)
+        if self.replicas is not None and self.method != "bp":
+            alike = rows_are_alike(self, plan)
+            lines.append(self.replicas.describe(self.model, self.batch_size * plan.train.positions, alike))
+        return lines
+
     def evaluate(self, data: Dataset | Arrays) -> Record:
         """`test_loss`, and `test_error` (percent wrong) for classes or `test_mse` for values, in eval mode.
 
@@ -318,28 +383,36 @@ class Trainer:
         data = self.place(as_dataset(data, None if self._plan is None else self._plan.train))
         return self._test_figures(data, resolve_loss(self.loss, data.task), 0)
 
-    def _end_epoch(self, epoch: int) -> Record:
-        """Tell the store, at the end of a pass, and count the samples that kept an older error because they had no visit."""
-        store = self.learner.store
-        if store is None or (self.windows is not None and (self.windows.local or (epoch + 1) % self.windows.visits)):
-            return {}
-        carried = store.commit()
-        return {"carried_rows": carried} if carried else {}
+    def _end_epoch(self, epoch: int, plan: Plan, tally: Tally, keeper: Keeper, found: Record) -> None:
+        """After the last step of an epoch: what is `found` of it, for its record.
 
-    def _record(self, plan: Plan, epoch: float, figures: Record, on_record: Callable[[Record], None] | None) -> None:
-        """Add an evaluation to the history."""
+        The store is told at the end of a pass, and the samples that kept an older error because they had no visit are counted.
+        """
+        found |= train_record(plan.train, tally.figures(self.result.steps))
+        self.result.epochs += 1
+        store = self.learner.store
+        if store is not None and (self.windows is None or not (self.windows.local or (epoch + 1) % self.windows.visits)):
+            carried = store.commit()
+            found |= {"carried_rows": carried} if carried else {}
+        keeper.release()
+
+    def _record(
+        self, plan: Plan, epoch: float, figures: Record, on_record: Callable[[Record], None] | None, flow: Alone
+    ) -> None:
+        """Add an evaluation to the history; all steps are done."""
         steps = self.result.steps
         record = {"epoch": epoch, "step": steps, "lr": plan.lr_at(steps), **figures}
         if plan.test is not None:
-            record |= self._test_figures(plan.test, plan.loss, steps)
+            record |= self._test_figures(plan.test, plan.loss, steps, flow if flow.elsewhere else None)
         record["learning_seconds"] = round(self.result.learning_seconds, 3)
         self.result.history.append(record)
         if on_record is not None:
+            flow.whole()
             on_record(record)
 
-    def _test_figures(self, test: Dataset, loss: str, step: int) -> Record:
+    def _test_figures(self, test: Dataset, loss: str, step: int, flow: Alone | None = None) -> Record:
         with matmul_precision(self.precision):
-            figures = evaluate(self.model, test, loss, self.eval_batch_size, self.device, self.compute_dtype)
+            figures = evaluate(self.model, test, loss, self.eval_batch_size, self.device, self.compute_dtype, flow)
         if not math.isfinite(figures.loss):
             raise Diverged(step, figures.loss)
         return test_record(test, figures)

@@ -154,6 +154,8 @@ def check_stream(data: StreamDataset, windows: Windows | None) -> None:
     """Raise InputError where a stream cannot be trained with these windows."""
     if windows is None:
         raise InputError("a stream's samples come once a pass, and are trained in windows; choose a window (--window auto)")
+    if windows.together > 1:
+        raise InputError("a stream holds one window at a time; window order 'turns' needs data that is loaded whole")
     if not windows.local:
         raise InputError("first visit 'stale' needs errors of the last pass, which a stream does not keep; use skip or target")
     if min(windows.size, len(data)) > data.shuffle_buffer:

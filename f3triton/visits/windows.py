@@ -3,10 +3,14 @@
 Most of what F3 loses to a current error (DFA) is the staleness of the delayed one: with one visit an epoch, every weight has
 been updated thousands of times since it was left. In a window of N samples visited K times, an error is at most N samples
 old. A pass over the data set is then K epochs long: epochs, steps and schedules count sample visits, as without windows.
+
+Two windows can be visited in turn, A B A B: then no batch follows another within so few steps that the errors it left are still
+on their way through a pipeline, and an error is up to 2 N samples old.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
 
+ORDERS = ("one", "turns")
 FIRST_VISITS = ("skip", "target", "stale")
 TEACHES = {"skip": "nothing", "target": "target", "stale": "signal"}  # a window's first visit: see `Visit`
 DEFAULT_VISITS = 5
@@ -32,12 +37,22 @@ class Windows:
 
     On a window's first visit the hidden layers are not updated (`first_visit` skip), learn from the target, or from the
     error of the last pass (stale). Only the last needs a row of the error store for every sample of the data set, and not
-    for those of one window.
+    for those of one window. `order`: `one` after the other, or two at a time, in `turns`.
     """
 
     size: int
     visits: int = DEFAULT_VISITS
     first_visit: str = "skip"
+    order: str = "one"
+
+    @property
+    def together(self) -> int:
+        """How many windows are visited in turn."""
+        return 2 if self.order == "turns" else 1
+
+    def rows(self, samples: int) -> int:
+        """How many of so many samples have a row in the error store at a time."""
+        return min(self.together * self.size, samples) if self.local else samples
 
     @property
     def local(self) -> bool:
@@ -45,18 +60,24 @@ class Windows:
         return self.first_visit != "stale"
 
     def __str__(self) -> str:
-        return f"windows of {self.size} visited {self.visits} times, first visit {self.first_visit}"
+        turns = ", two in turn" * (self.together > 1)
+        return f"windows of {self.size} visited {self.visits} times{turns}, first visit {self.first_visit}"
 
 
 def resolve_windows(
-    window: int | str, visits: int | None, first_visit: str | None, batch_size: int, delayed: bool
+    window: int | str,
+    visits: int | None,
+    first_visit: str | None,
+    batch_size: int,
+    delayed: bool,
+    order: str | None = None,
 ) -> Windows | None:
     """The windows of these settings, None where `window` is off; `auto` is 10 batches.
 
     Raises InputError for values out of range, and for settings that would have no effect.
     """
     if window == "off":
-        for name, value in (("visits", visits), ("first visit", first_visit)):
+        for name, value in (("visits", visits), ("first visit", first_visit), ("window order", order)):
             if value is not None:
                 raise InputError(f"{name} {value!r} has no effect without windows; choose a window, or leave it out")
         return None
@@ -70,7 +91,8 @@ def resolve_windows(
         raise InputError(f"visits must be a whole number of at least 2, got {visits!r}")
     if first_visit is not None and not delayed:
         raise InputError(f"first visit {first_visit!r} has no effect where no error is kept between visits; leave it out")
-    return Windows(window, visits, check_word("first visit", first_visit or "skip", FIRST_VISITS))
+    order = check_word("window order", order or "one", ORDERS)
+    return Windows(window, visits, check_word("first visit", first_visit or "skip", FIRST_VISITS), order)
 
 
 def check_epochs(epochs: int, windows: Windows | None) -> None:
@@ -123,20 +145,22 @@ class WindowOrder:
     def _pass(self, number: int, skip: int) -> Iterator[Visit]:
         """The visits of pass `number` after the first `skip`."""
         windows = self.windows
-        for position in range(math.ceil(self.samples / windows.size)):
-            length = min(windows.size, self.samples - position * windows.size)
-            steps = math.ceil(length / self.batch_size)
-            if skip >= steps * windows.visits:
-                skip -= steps * windows.visits
+        count = math.ceil(self.samples / windows.size)
+        for first in range(0, count, windows.together):
+            positions = range(first, min(first + windows.together, count))
+            lengths = [min(windows.size, self.samples - position * windows.size) for position in positions]
+            steps = [math.ceil(length / self.batch_size) for length in lengths]
+            if skip >= sum(steps) * windows.visits:
+                skip -= sum(steps) * windows.visits
                 continue
-            for visit in range(windows.visits):
-                if skip >= steps:
-                    skip -= steps
+            for visit, which in itertools.product(range(windows.visits), range(len(positions))):
+                if skip >= steps[which]:
+                    skip -= steps[which]
                     continue
-                seed = derived_seed(self.seed, "visit", number, position, visit)
-                places = torch.randperm(length, generator=torch.Generator().manual_seed(seed))  # [length], in the window
+                seed = derived_seed(self.seed, "visit", number, positions[which], visit)
+                places = torch.randperm(lengths[which], generator=torch.Generator().manual_seed(seed))  # in the window
                 teach = self.first if visit == 0 else "signal"
-                yield from self._visit(number, position, places, teach, skip)
+                yield from self._visit(number, positions[which], places, teach, skip)
                 skip = 0
 
     def _visit(self, number: int, position: int, places: Tensor, teach: str, skip: int) -> Iterator[Visit]:
@@ -145,6 +169,7 @@ class WindowOrder:
             self._order = number, sample_order(self.samples, self.seed, number)
         samples = self._order[1][position * self.windows.size :][: len(places)]
         index = samples[places].to(self.device)
-        rows = places.to(self.device) if self.windows.local else index
+        own = position % self.windows.together * self.windows.size  # the first of the window's rows
+        rows = (own + places).to(self.device) if self.windows.local else index
         for batch, row in islice(zip(index.split(self.batch_size), rows.split(self.batch_size), strict=True), skip, None):
             yield Visit(batch, row, teach)

@@ -1,0 +1,1 @@
+"""Many workers, the bits of one: stages on several workers, and batches in several parts."""

@@ -1,0 +1,227 @@
+"""A run on several workers: what each holds, the links between them, and what the others do while worker 0 goes through
+`fit`."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import signal
+import statistics
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..base.exceptions import InputError
+from ..base.precision import matmul_precision, working_dtype
+from ..data.identity import identity
+from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, ThreadLink
+from ..distributed.mesh import Place, agree, exchange
+from ..distributed.replicas import DataParallel, rows_alike
+from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed
+from ..distributed.split import best_split, check_split, milliseconds
+from ..learn.step import Learner
+from .checkpoint import Snapshot
+from .identity import settings_of
+from .settings import Settings
+from .state import Moments, Network, handling, require_same, restore
+from .tally import Diverged
+
+LOOKED_AT = 2000  # steps whose reuse distance is taken
+Leave = Callable[[type | None, BaseException | None, object], None]
+
+
+def replicas_of(seat: Place, settings: Settings) -> DataParallel | None:
+    """What a worker knows of its replicas."""
+    if seat.replicas == 1:
+        return None
+    return DataParallel(
+        seat.mesh["data"].get_group(), seat.replica, seat.replicas, settings.data_parallel_by, settings.batch_size
+    )
+
+
+def arrange(trainer: Any, plan: Any) -> list[int] | None:
+    """How many stages each worker of a pipeline gets; None without one. Every process calls this, and all get the same.
+
+    Raises InputError where the network cannot be divided like that, or settings, data or weights differ between processes.
+    """
+    seat, model, signal_ = trainer.seat, trainer.model, trainer.signal
+    if seat.mesh is not None:
+        facts = settings_of(trainer, identity(plan.train), plan.epochs, plan.eval_every)
+        own = {"pipeline split": trainer.settings.split, "eval batch size": trainer.eval_batch_size, "torch": torch.__version__}
+        agree(
+            seat,
+            {name.replace("_", " "): str(value) for name, value in (facts | own).items()} | {"first weights": digest(model)},
+        )
+    if seat.workers == 1:
+        return None
+    last = 2 if signal_.local and len(model) > 1 else 1
+    if seat.workers + last - 1 > len(model):
+        least = " (the last one needs two of them)" * (last - 1)
+        raise InputError(f"a pipeline of {seat.workers} workers needs as many stages{least}, and the network has {len(model)}")
+    if any(stage.tied for stage in model.stages):
+        raise InputError(
+            "tied embeddings are read by the first stage and learnt by the last; a pipeline needs stages of their own"
+        )
+    if model.reading:
+        raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
+    if trainer.settings.split is not None:
+        check_split(trainer.settings.split, seat.workers, len(model), last)
+        return trainer.settings.split
+    costs = []
+    if seat.writes:
+        costs = measured(trainer, plan)
+    costs = exchange(seat, costs)[0]
+    trainer.stage_milliseconds = costs
+    return best_split(costs, seat.workers, last)
+
+
+def measured(trainer: Any, plan: Any) -> list[float]:
+    """Milliseconds a batch of every stage."""
+    x, row = first_batch(trainer, plan)
+    with one_thread_each(trainer.seat), matmul_precision(trainer.precision):
+        return milliseconds(trainer.model, x, row, plan.signal, trainer.arithmetic())
+
+
+def reuse_lines(trainer: Any, plan: Any) -> list[str]:
+    """After how many steps a batch needs the last of the rows that it reads, and whether a pipeline has to wait for them."""
+    if plan.errors is None:
+        return []
+    order, needs, found, number = trainer.order_of(plan, torch.device("cpu")), Needs(plan.errors[1]), [], 0
+    for visit in itertools.islice(itertools.chain.from_iterable(map(order.visits, range(plan.epochs))), LOOKED_AT):
+        number += 1
+        needed = needs.of(visit.row, visit.teach == "signal", number)
+        found += [number - needed] if needed else []
+    if not found:
+        return []
+    waiting = sum(distance < trainer.seat.workers for distance in found) / number
+    line = f"reuse distance: {min(found)} steps or more, {statistics.median_low(found)} mostly; shorter than the pipeline in "
+    lines = [f"{line}{waiting:.1%} of the steps"]
+    if waiting > 0.05:
+        way = "take --window-order turns, or fewer workers" if trainer.windows is not None else "take fewer workers"
+        lines.append(f"warning: in those the pipeline runs empty; {way}")
+    return lines
+
+
+def first_batch(trainer: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(x [M, ...], row [rows, R])`: the first samples, and errors as good as any."""
+    train, dtype = plan.train, working_dtype(trainer.model)
+    index = torch.arange(min(trainer.batch_size, len(train)), device=train.device)
+    size = len(index) * train.positions, trainer.error_rank or train.outputs
+    row = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(trainer.device, dtype)
+    return train.fetch(index, dtype).to(trainer.device), row
+
+
+def rows_are_alike(trainer: Any, plan: Any) -> bool:
+    """See `replicas.rows_alike`."""
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    trainer.model.eval()
+    alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
+    for module, mode in modes:
+        module.training = mode
+    return alike
+
+
+class one_thread_each:
+    """torch's own threads divided among the workers that are threads, inside; so it is with the processes of torchrun."""
+
+    def __init__(self, seat: Place) -> None:
+        self.workers = seat.workers if seat.threads else 1
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(max(1, self.before // self.workers))
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all weights."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
+    """`(flow, others, leave)` of worker 0: how steps are done, what learns in other threads, and what is to be done at the end,
+    whatever has happened."""
+    seat, learner = trainer.seat, trainer.learner
+    if seat.workers == 1:
+        return Alone(learner, trainer.model), [], lambda *_: None
+    rows = 0 if plan.errors is None else plan.errors[1]
+    clock, threads, others = Clock(), [], []
+    if seat.threads:
+        clocks = [clock, *(Clock() for _ in range(seat.workers - 1))]
+        links = [
+            ThreadLink(clocks[worker], clocks[(worker + 1) % seat.workers], SLOTS if worker < seat.workers - 1 else 0)
+            for worker in range(seat.workers)
+        ]
+        out, back = links[0], links[-1]
+        for worker in range(1, seat.workers):
+            others.append(trainer.learner_of(plan, worker))
+            helper = Helper(others[-1], worker, links[worker - 1], links[worker], clocks[worker], shared=True)
+            threads.append(threading.Thread(target=helper.serve, name=f"f3triton-worker-{worker}", daemon=True))
+    else:
+        out, back = ends(trainer, clock)
+    ring = Ring(learner, seat.workers, out, back, clock, rows, plan.train.task != "regression", seat.threads)
+    threads_of_torch = one_thread_each(seat)
+    threads_of_torch.__enter__()
+    for thread in threads:
+        thread.start()
+
+    def leave(kind: type | None, error: BaseException | None, trace: object) -> None:
+        threads_of_torch.__exit__()
+        about: dict[str, object] = {"status": trainer.result.status, "result": trainer.result.state()[1]}
+        if isinstance(error, Diverged):
+            about = {"status": "diverged", "step": error.step, "value": error.value}
+        elif error is not None:
+            about = {"status": "failed", "text": str(error) or type(error).__name__}
+        if isinstance(error, Gone):
+            return
+        try:
+            trainer.result.workers = ring.end(about)
+        except Gone:
+            if error is None:
+                raise
+        for thread in threads:
+            thread.join()
+
+    return ring, others, leave
+
+
+def ends(trainer: Any, clock: Clock) -> tuple[GlooSender, GlooReceiver]:
+    """A worker's ends of the links to the next process and from the one before."""
+    seat = trainer.seat
+    group = seat.mesh["pipeline"].get_group()
+    following, before = (seat.worker + 1) % seat.workers, (seat.worker - 1) % seat.workers
+    out = GlooSender(seat.peer(following), group, clock, f"worker {following}")
+    slots = SLOTS if seat.worker else 0
+    return out, GlooReceiver(seat.peer(before), group, clock, f"worker {before}", trainer.device, slots)
+
+
+def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Snapshot | None) -> None:
+    """Be a worker behind worker 0 until the end, and have the whole network then.
+
+    Raises what worker 0 has raised: Diverged, or WorkerFailed with the words of another error.
+    """
+    seat, result = trainer.seat, trainer.result
+    trainer.model.train()
+    trainer.learner = trainer.learner_of(plan, seat.worker)
+    if resume is not None:
+        require_same(resume, settings)
+        restore({"network": Network(trainer.model), "moments": Moments(trainer.learner)}, resume)
+    clock = Clock()
+    out, into = ends(trainer, clock)
+    helper = Helper(trainer.learner, seat.worker, into, out, clock, shared=False)
+    # Worker 0 is told of them as well, and says what to do.
+    with handling(lambda *_: None, signal.SIGINT, signal.SIGTERM), matmul_precision(trainer.precision):
+        about = helper.serve()
+    result.status = about["status"]
+    if result.status == "diverged":
+        raise Diverged(about["step"], about["value"])
+    if result.status == "failed":
+        raise WorkerFailed(about["text"])
+    result.restore({}, about["result"])
