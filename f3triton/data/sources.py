@@ -120,7 +120,7 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             check_json([path])
             _check_rows([path], streaming)
             files = glob.escape(str(path.resolve()))
-            return _load(path, reader, streaming, data_files=files, **options)
+            return _load(reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
             _check_saved(path)
@@ -133,11 +133,11 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
         if (path / "README.md").exists():
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
-        return _load(path, str(path.resolve()), streaming, name=config, **options)
+        return _load(str(path.resolve()), streaming, name=config, **options)
 
 
-def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str, Any]:
-    """What `datasets.load_dataset` reads from a local `path`.
+def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
+    """What `datasets.load_dataset` reads from local files.
 
     Its cache takes a file for what it was while size and time are the same. Here names and content decide, noted there.
     """
@@ -145,15 +145,15 @@ def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str,
 
     if streaming:  # nothing is cached
         return dict(datasets.load_dataset(source, streaming=True, **options))
+    builder = datasets.load_dataset_builder(source, **options)
     digest = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as content:
+    for name in (name for files in (builder.config.data_files or {}).values() for name in files):
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        with open(name, "rb") as content:
             while chunk := content.read(1 << 22):
                 digest.update(chunk)
-    cached = Path(datasets.load_dataset_builder(source, **options).cache_dir)
-    note = cached / NOTE
-    same = not cached.exists() or (note.exists() and note.read_text() == digest.hexdigest())
+    note = Path(builder.cache_dir) / NOTE
+    same = not note.parent.exists() or (note.exists() and note.read_text() == digest.hexdigest())
     mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
     splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -67,6 +68,7 @@ class RunFolder:
         lock: FolderLock | None = None,
     ) -> None:
         self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
+        self._made = not self.path.exists()
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock or FolderLock(self.path)
@@ -130,10 +132,13 @@ class RunFolder:
         return self.at == self.path
 
     def discard(self) -> None:
-        """Leave the old run where it is, if it is there still."""
+        """Leave the old run where it is, if it is there still, and nothing where nothing was."""
         if not self.settled:
             shutil.rmtree(self.at)
             self.at = self.path
+        if self._made:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
 
     def require_space(self, model: nn.Module) -> None:
         """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""

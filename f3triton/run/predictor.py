@@ -36,6 +36,11 @@ class Predictor(nn.Module):
         self.network, self.preprocessing, self.loss = network, preprocessing, loss
 
     def forward(self, rows: object) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "a Predictor reads rows, which is no graph of tensors; export its network, which takes preprocessing.normalise("
+                "preprocessing.encode(rows))"
+            )
         like = next(self.network.parameters())
         names = [column.name for column in self.preprocessing.columns]
         if names and isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == len(names):
