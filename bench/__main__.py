@@ -26,11 +26,14 @@ HERE = Path(__file__).parent
 NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
 NOT_ALONE |= {"error_store_peers", "tritons", "pipeline_simulation"}
 NEEDS_GPU = {"kernels"}
-# arguments of the committed results, beside --output
+# arguments of the committed results, beside --output; of a benchmark of several tasks by each
 FULL = {
     "error_codecs": ["--mnist", "{mnist}"],
     "gpt": ["--text", "{text}"],
     "kernel_report": ["--arch", "all"],
+    "local mnist": ["mnist", "--data", "{mnist}"],
+    "local cifar10": ["cifar10", "--data", "{cifar10}"],
+    "local text": ["text", "--data", "{text}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
     "vit": ["--mnist", "{mnist}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],
@@ -64,14 +67,18 @@ def arguments_of(name: str, quick: bool, data: dict[str, str | None]) -> list[st
 def run_all(quick: bool, output: Path, data: dict[str, str | None]) -> list[str]:
     """Run every benchmark in a process of its own, results into `output`; the names of those that failed."""
     failed = []
-    for name in benchmarks():
+    names = benchmarks()
+    if not quick:
+        tasks = [name for name in FULL if " " in name]
+        names = [name for name in names if not any(task.split()[0] == name for task in tasks)] + tasks
+    for name in names:
         arguments = arguments_of(name, quick, data)
         if (name in NEEDS_GPU and not torch.cuda.is_available()) or arguments is None:
             print(f"{name}: left out, needs {'data: see --help' if arguments is None else 'a GPU'}", flush=True)
             continue
         began = time.perf_counter()
-        path = output / f"{name.replace('_', '-')}.json"
-        command = [sys.executable, "-m", f"bench.{name}", *arguments, "--output", str(path)]
+        path = output / f"{name.replace('_', '-').replace(' ', '-')}.json"
+        command = [sys.executable, "-m", f"bench.{name.split()[0]}", *arguments, "--output", str(path)]
         done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
         failed += [name] if done.returncode or not path.exists() else []
         print(f"{name}: {'FAILED' if name in failed else 'ok'}, {time.perf_counter() - began:.0f} s", flush=True)
@@ -88,6 +95,7 @@ def main() -> None:
     size.add_argument("--full", action="store_true")
     parser.add_argument("--mnist", metavar="DATASET", help="hub name or folder, for --full")
     parser.add_argument("--wine", metavar="DATASET", help="folder of Wine Quality, for --full")
+    parser.add_argument("--cifar10", metavar="DATASET", help="hub name or folder, for --full")
     parser.add_argument("--text", metavar="FILE", help="Tiny Shakespeare, for --full")
     parser.add_argument("--output", type=Path, help="folder of the results; default: a new one, with --full bench/results")
     options = parser.parse_args()
@@ -99,7 +107,9 @@ def main() -> None:
         parser.error("all needs --quick or --full")
     output = options.output or (RESULTS if options.full else Path(tempfile.mkdtemp(prefix="f3triton-bench-")))
     output.mkdir(parents=True, exist_ok=True)
-    failed = run_all(options.quick, output.resolve(), {name: getattr(options, name) for name in ("mnist", "wine", "text")})
+    failed = run_all(
+        options.quick, output.resolve(), {name: getattr(options, name) for name in ("mnist", "wine", "cifar10", "text")}
+    )
     print(f"results in {output}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -106,6 +106,13 @@ def vit_table() -> str:
     return f"{show(read_result('vit.json')['runs'])}\n\n{source('vit.json')}"
 
 
+def local_table(task: str) -> str:
+    from .local import TASKS, show
+
+    name = f"local-{task}.json"
+    return f"{show(TASKS[task].metric, read_result(name)['runs'])}\n\n{source(name)}"
+
+
 def store_table() -> str:
     from .error_store import show
 
@@ -148,6 +155,9 @@ TABLES = {
     "error-codecs": codecs_table,
     "error-store": store_table,
     "gpt": gpt_table,
+    "local-mnist": lambda: local_table("mnist"),
+    "local-cifar10": lambda: local_table("cifar10"),
+    "local-text": lambda: local_table("text"),
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),

@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
             return f"exit code {self.code} with a traceback"
         if self.code == 2 and len(said) != 1:
             return f"{len(said)} lines where one is due"
-        if any(len(line) > LONGEST or not line.isprintable() for line in said):
+        if any(len(line) > LONGEST or not line.replace("\t", " ").isprintable() for line in said):
             return "a line that is not printable, or long"
         return ""
 
@@ -63,6 +63,7 @@ def _run(call: Callable[[], int], folder: Path, seconds: float, memory: int) -> 
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     faulthandler.disable()
+    os.fsync = lambda descriptor: None  # no power fails here
     try:
         return call()
     except SystemExit as stop:

@@ -53,9 +53,16 @@ def train(folder: Path, home: str = "file", data: str = "tensors", keep: int = 2
     store = {"error_store": str(folder / "errors")} if home == "file" else {}
     if data == "stream":
         train_set, test_set = f3.stream_dataset("digits", max_train_samples=60, shuffle_buffer=40, statistics_rows=60)
+    elif data == "text":
+        letters = torch.randint(6, (800,), generator=torch.Generator().manual_seed(5))
+        (folder / "text").write_text("".join("abcdef"[i] for i in letters.cummax(0).values - letters))
+        train_set, test_set = f3.load_text(folder / "text", context=8, max_train_samples=60)
     else:
         train_set = test_set = f3.Dataset.from_tensors(*problem())
-    model = f3.models.MLP([train_set.in_features, 12, train_set.outputs])
+    if data == "text":
+        model: f3.Sequential = f3.models.GPT(train_set.outputs, 8, depth=2, heads=2, dim=8, dropout=0.1)
+    else:
+        model = f3.models.MLP([train_set.in_features, 12, train_set.outputs])
     trainer = f3.Trainer(model, optimizer=f3.Adam(lr=0.01), batch_size=8, device="cpu", seed=2, **store, **choices)
     snapshot = newest(folder / "checkpoints", print)
     if snapshot is None and home == "file":
@@ -208,13 +215,17 @@ CHOICES = [
     {"signal": "delayed-loss", "precision": "bfloat16-weights"},
     {"home": "memory", "data": "stream", "window": 20, "visits": 2, "first_visit": "target"},
     {"home": "memory", "method": "bp"},
+    {"data": "text"},
+    {"data": "text", "window": 20, "visits": 2, "first_visit": "stale", "error_dtype": "top-2"},
+    {"data": "text", "home": "memory", "window": 20, "visits": 2, "error_rank": 2},
+    {"data": "text", "home": "memory", "method": "local"},
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choices", CHOICES, ids=str)
 def test_killed_many_times(choices: dict, tmp_path: Path) -> None:
-    """At least 30 kills for each choice, 240 in all."""
+    """At least 30 kills for each choice, 360 in all."""
     importlib.import_module("torch._dynamo")  # takes seconds, and torch's own optimizers would import it in every child
     began = time.perf_counter()
     expected = whole(tmp_path / "whole", **choices)

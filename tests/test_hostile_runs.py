@@ -135,6 +135,29 @@ def test_networks_that_are_none(network: dict, sound: Path, tmp_path: Path) -> N
     assert found.seconds < 5
 
 
+def test_files_of_which_nothing_was_written(sound: Path, tmp_path: Path) -> None:
+    """A manifest and a header of safetensors that say so too: nothing is hashed, and nothing read."""
+    shutil.copytree(sound, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000000003")
+    for path in (tmp_path / "run" / "model.safetensors", tmp_path / "run" / STEP / "tensors.safetensors"):
+        os.truncate(path, 1 << 32)
+    manifest = json.loads((tmp_path / "run" / STEP / "manifest.json").read_text())
+    manifest["files"]["tensors.safetensors"]["bytes"] = 1 << 32
+    (tmp_path / "run" / STEP / "manifest.json").write_text(json.dumps(manifest))
+    assert "were ever written" in used(tmp_path / "run", "load").err
+    assert "were ever written" in used(tmp_path / "run", "resume").err
+    header = b'{"x":{}, ' + b" " * (1 << 25) + b"}"
+    (tmp_path / "run" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "has a header of 33,554,442 bytes" in used(tmp_path / "run", "load").err
+
+
+def test_checkpoints_elsewhere(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "other")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "other")
+    assert "is a link" in used(tmp_path / "run", "resume").err
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn, torch.complex64])
 def test_weights_of_another_type(kind: torch.dtype, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "run")
@@ -190,7 +213,7 @@ def test_sealed_states_that_are_none(change: dict, sound: Path, tmp_path: Path) 
 def test_schemas_of_networks_are_those_of_their_classes() -> None:
     for kind, schema in NETWORK.of.items():
         settings = {*schema.needed, *schema.may} - {"model", "reading", "exits"}
-        assert settings | {"feedback"} == set(inspect.signature(MODELS[kind]).parameters)
+        assert settings | {"feedback", "seed"} == set(inspect.signature(MODELS[kind]).parameters)
 
 
 # --- the schemas themselves -------------------------------------------------------------------------------------------

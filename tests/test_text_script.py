@@ -125,7 +125,7 @@ def test_what_is_refused(text: Path, capsys: pytest.CaptureFixture[str], tmp_pat
         ([*short, "--heads", 3, "--dim", 8], "3 heads do not divide the dimension 8"),
         (["--text", text, "--context", 400], "use a smaller context (--context), or more text"),
         (["--text", text, "--context", 1], "context (--context) must be a whole number of at least 2, got 1"),
-        (["--text", tmp_path / "none.txt"], "cannot be read: No such file"),
+        (["--text", tmp_path / "none.txt"], "No such file"),
         ([*short, "--model", "mlp"], "model 'mlp' does not go with the task language-modeling"),
         (["--model", "gpt"], "model 'gpt' does not go with the task classification of 'digits'; allowed: mlp, vit, convnet"),
         (["--task", "language-modeling"], "task 'language-modeling' needs a text"),

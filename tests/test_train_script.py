@@ -203,7 +203,7 @@ def test_options_reach_the_trainer(tmp_path: Path) -> None:
         (["--task", "regression", "--loss", "bce"], "regression"),
         (["--test-split", "exam"], "exam"),
         (["--epochs", "0"], "epochs must be a whole number of at least 1, got 0"),
-        (["--batch-size", "0"], "batch size must be a whole number of at least 1, got 0"),
+        (["--batch-size", "0"], "batch size must be a whole number of at least 1 and below 2^31, got 0"),
         (["--eval-every", "0"], "eval every must be a whole number of at least 1, got 0"),
         (["--seed", "-1"], "seed (--seed) is -1"),
         (["--seed", str(2**64)], "a whole number from 0 to 2^63 - 1"),

@@ -310,7 +310,7 @@ def test_schedules() -> None:
         ({"link": "tanh"}, "link 'tanh' is unknown"),
         ({"loss": "hinge"}, "loss 'hinge' is unknown"),
         ({"optimizer": "rmsprop"}, "optimizer 'rmsprop' is unknown; allowed: sgd, adam, adamw"),
-        ({"batch_size": 0}, "batch size must be a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "batch size must be a whole number of at least 1 and below"),
         ({"hidden_scale": math.nan}, "hidden scale"),
         ({"lr_schedule": "step"}, "lr schedule 'step' is unknown"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),

@@ -9,9 +9,12 @@ import stat
 from pathlib import Path
 
 from .exceptions import InputError
-from .text import short
+from .memory import available_memory
+from .text import readable_bytes, short
 
 LARGEST_JSON = 1 << 28  # bytes; a tokenizer's definition, or the records of a very long run, have a few million
+LARGEST_HEADER = 1 << 24  # bytes, of safetensors: some hundred for each tensor
+SPARSE_FROM = 1 << 28  # bytes: larger files must be on disk, not only in name
 LARGEST_COUNT = 1 << 22  # values in it, which take some hundred bytes each
 
 
@@ -30,13 +33,26 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-def size_of(path: str | Path) -> int:
-    """Bytes of a regular file. Raises InputError for anything else."""
-    descriptor = open_regular(path)
-    try:
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
+def check_written(descriptor: int, path: str | Path) -> int:
+    """Bytes of an open file. Raises InputError for a large one of which next to nothing was ever written."""
+    found = os.fstat(descriptor)
+    there = getattr(found, "st_blocks", found.st_size) * 512
+    if found.st_size > SPARSE_FROM and found.st_size > 100 * there:
+        raise InputError(f"{str(path)!r} has {found.st_size:,} bytes, of which only {there:,} were ever written")
+    return found.st_size
+
+
+def check_tensors(path: str | Path) -> int:
+    """Bytes of a regular file that may be one of safetensors. Raises InputError for anything else, for a header that is too
+    large, and where there is no memory for it."""
+    with open(open_regular(path), "rb") as file:
+        size, free = check_written(file.fileno(), path), available_memory()
+        if size > free:
+            raise InputError(f"{str(path)!r} has {size:,} bytes, and {readable_bytes(free)} of memory are free")
+        header = int.from_bytes(file.read(8), "little")
+    if header > LARGEST_HEADER:
+        raise InputError(f"{str(path)!r} has a header of {header:,} bytes; allowed are {LARGEST_HEADER:,}")
+    return size
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:

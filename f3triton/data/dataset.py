@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
+from .columns import one_line
 from .preprocessing import TENSORS, Preprocessing
 from .targets import CLASSIFICATION, REGRESSION, Target
 
@@ -54,7 +56,7 @@ class Dataset:
     def from_tensors(
         cls, inputs: Tensor, targets: Tensor, name: str = "tensors", classes: int | None = None, task: str | None = None
     ) -> Dataset:
-        """A data set of tensors, used as they are: any float dtype, any shape `[N, ...]`.
+        """A data set of tensors, used as they are: any float dtype, any shape `[N, ...]`. Arrays are taken too.
 
         Args:
             inputs: floating point, `[N, ...]`.
@@ -66,6 +68,7 @@ class Dataset:
         Raises:
             InputError: wrong dtypes or shapes, values that are not finite, class ids outside 0..classes-1.
         """
+        inputs, targets = as_tensor("inputs", inputs), as_tensor("targets", targets)
         if not inputs.is_floating_point() or inputs.ndim < 2:
             raise InputError(f"inputs are {inputs.dtype} of shape {list(inputs.shape)}; needed: floating point [N, ...]")
         if task not in (None, CLASSIFICATION, REGRESSION):
@@ -147,3 +150,15 @@ class Dataset:
         if dtype not in self._eye:
             self._eye[dtype] = torch.eye(self.outputs, dtype=dtype, device=self.device)
         return self._eye[dtype].index_select(0, rows)
+
+
+def as_tensor(what: str, values: Tensor) -> Tensor:
+    """A tensor, of one or of anything that NumPy can make an array of numbers of. Raises InputError for anything else."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.from_numpy(np.array(values, order="C"))  # a copy: not all arrays can be shared
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{what} are a {type(values).__name__}, and no tensor or array of numbers: {one_line(error)}"
+        ) from None

@@ -7,13 +7,15 @@ import glob
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..base.exceptions import InputError
-from ..base.text import short
+from ..base.files import read_object
+from ..base.memory import available_memory
+from ..base.text import readable_bytes, short
 from .columns import listed, one_line
 from .json_rows import check_json
 
@@ -116,20 +118,26 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
             check_json([path])
+            _check_rows([path], streaming)
             files = glob.escape(str(path.resolve()))
-            return _load(path, reader, streaming, data_files=files, **options)
+            return _load(reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
-            return _loaded(datasets.load_from_disk(str(path)))[1]
+            _check_saved(path)
+            splits = _loaded(datasets.load_from_disk(str(path)))[1]
+            for rows in splits.values():
+                rows.data.table.validate(full=True)  # arrow takes its files as they are, and would read beyond their end
+            return splits
         check_json(path.rglob("*.*"))
+        _check_rows(path.rglob("*.parquet"), streaming)
         if (path / "README.md").exists():
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
-        return _load(path, str(path.resolve()), streaming, name=config, **options)
+        return _load(str(path.resolve()), streaming, name=config, **options)
 
 
-def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str, Any]:
-    """What `datasets.load_dataset` reads from a local `path`.
+def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
+    """What `datasets.load_dataset` reads from local files.
 
     Its cache takes a file for what it was while size and time are the same. Here names and content decide, noted there.
     """
@@ -137,20 +145,49 @@ def _load(path: Path, source: str, streaming: bool, **options: Any) -> dict[str,
 
     if streaming:  # nothing is cached
         return dict(datasets.load_dataset(source, streaming=True, **options))
+    builder = datasets.load_dataset_builder(source, **options)
     digest = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as content:
+    for name in (name for files in (builder.config.data_files or {}).values() for name in files):
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        with open(name, "rb") as content:
             while chunk := content.read(1 << 22):
                 digest.update(chunk)
-    cached = Path(datasets.load_dataset_builder(source, **options).cache_dir)
-    note = cached / NOTE
-    same = not cached.exists() or (note.exists() and note.read_text() == digest.hexdigest())
+    note = Path(builder.cache_dir) / NOTE
+    same = not note.parent.exists() or (note.exists() and note.read_text() == digest.hexdigest())
     mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
     splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
     with contextlib.suppress(OSError):
         note.write_text(digest.hexdigest())
     return splits
+
+
+def _check_rows(paths: Iterable[Path], streaming: bool) -> None:
+    """Raise InputError where parquet files say that they have more numbers than memory holds: a few bytes may stand for all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    needed = 0
+    for path in paths:
+        if path.suffix.lower() == ".parquet" and path.is_file() and not streaming:
+            with contextlib.suppress(pa.ArrowException, OSError):  # whoever reads it will say what is wrong
+                told = pq.read_metadata(path)
+                needed += 8 * told.num_rows * told.num_columns
+    if needed > (free := available_memory()):
+        sizes = f"{readable_bytes(needed)}, and {readable_bytes(free)} of memory are free"
+        raise InputError(f"the parquet files hold {sizes}; read them as a stream (--streaming)")
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise InputError where a saved data set names files outside of its folder."""
+    for state in folder.rglob("state.json"):
+        content = read_object(state)
+        for files in (content.get("_data_files"), content.get("_indices_files")):
+            for file in files if isinstance(files, list) else ():
+                name = file.get("filename") if isinstance(file, dict) else None
+                if not isinstance(name, str) or Path(name).name != name or (state.parent / name).is_symlink():
+                    raise InputError(
+                        f"saved data set {str(folder)!r} names the file {short(name, 200)}; allowed: one in its folder"
+                    )
 
 
 def _check_description(folder: Path, config: str | None) -> None:

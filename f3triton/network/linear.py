@@ -71,7 +71,6 @@ class Linear(Stage):
         self.activation = check_word("activation", activation, ACTIVATIONS)
         fresh = nn.Linear(in_features, out_features, bias=bias)
         self.weight, self.bias = fresh.weight, fresh.bias  # [out, in], [out]
-        self._act = _FORWARD[self.activation]
 
     def check_input(self, x: Tensor) -> None:
         """Raise InputError for an input of another shape."""
@@ -80,7 +79,7 @@ class Linear(Stage):
 
     def compute(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        return self._output(self._act(functional.linear(x, self.weight, self.bias)), x)
+        return self._output(activate(functional.linear(x, self.weight, self.bias), self.activation), x)
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         """What the stage gives for an activation `h`, normalised and added to its input `x`."""
@@ -125,7 +124,7 @@ class Linear(Stage):
 
     def _activation(self, kept: Kept) -> Tensor:
         """`phi(a)  [rows, N]` of a forward pass that was kept."""
-        return kept[1] if self.activation in KEEPS_OUTPUT else self._act(kept[1])
+        return kept[1] if self.activation in KEEPS_OUTPUT else activate(kept[1], self.activation)
 
     def _delta(self, kept: Kept, gradient: Tensor) -> Tensor:
         """The gradient `[rows, N]` at the product, for one at the stage's output."""

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.faults import fault
-from ..base.files import read_object, size_of
-from ..base.memory import available_memory
+from ..base.files import LARGEST_JSON, check_tensors, parse_object, read_bytes, read_object
 from ..base.schema import ANY_OBJECT, ANYTHING, NUMBER, STRING, Fields, Many, Whole, check, maybe
-from ..base.text import readable_bytes, short
+from ..base.text import short
 
 # In the order in which a checkpoint meets them (see `errors.faults`).
 CHECKPOINT_LABELS = (
@@ -248,6 +247,8 @@ def newest(folder: Path, warn: Any) -> Snapshot | None:
     A folder without a manifest was being removed, and is passed over without a word. Raises InputError where there are
     checkpoints with a manifest, but not a sound one.
     """
+    if folder.is_symlink():
+        raise InputError(f"{str(folder)!r} is a link; checkpoints are in the run's own folder")
     damaged = []
     for _, path in sorted(found_in(folder), reverse=True):
         if not (path / MANIFEST).exists():
@@ -270,14 +271,14 @@ def read(folder: Path) -> Snapshot:
         if manifest.get("format") != FORMAT:
             raise InputError(f"it has the format {short(manifest.get('format'))}; this version reads {FORMAT}")
         check(_MANIFEST, manifest, f"its {MANIFEST}")
+        text = read_bytes(folder / STATE, LARGEST_JSON)
+        sizes = {TENSORS: check_tensors(folder / TENSORS), STATE: len(text)}
         for name, told in manifest["files"].items():
-            if (size := size_of(folder / name)) != told["bytes"]:
-                raise InputError(f"{name} has {size} bytes, not {told['bytes']}")
+            if sizes[name] != told["bytes"]:
+                raise InputError(f"{name} has {sizes[name]} bytes, not {told['bytes']}")
             if sha256(folder / name) != told["sha256"]:
                 raise InputError(f"the content of {name} is not what was written")
-        if size_of(folder / TENSORS) > (free := available_memory()):
-            raise InputError(f"{TENSORS} does not fit into the {readable_bytes(free)} of memory that are free")
-        state = read_object(folder / STATE, nan=True)
+        state = parse_object(text, folder / STATE, nan=True)
         check(STATE_HOLDS, state, STATE)
         if folder.name != f"step-{state['steps']:012d}":
             raise InputError(f"{STATE} is that of step {state['steps']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -16,10 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..base.exceptions import InputError
-from ..base.files import read_object, size_of
-from ..base.memory import available_memory
+from ..base.files import check_tensors, read_object
 from ..base.schema import ANYTHING, Fields, Word, check
-from ..base.text import readable_bytes, short
+from ..base.text import short
 from ..data.preprocessing import PREPROCESSING
 from ..kernels.reference import LOSSES
 from ..models.build import NETWORK, build
@@ -68,6 +68,7 @@ class RunFolder:
         lock: FolderLock | None = None,
     ) -> None:
         self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
+        self._made = not self.path.exists()
         with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock or FolderLock(self.path)
@@ -131,10 +132,13 @@ class RunFolder:
         return self.at == self.path
 
     def discard(self) -> None:
-        """Leave the old run where it is, if it is there still."""
+        """Leave the old run where it is, if it is there still, and nothing where nothing was."""
         if not self.settled:
             shutil.rmtree(self.at)
             self.at = self.path
+        if self._made:
+            with contextlib.suppress(OSError):  # it holds something
+                self.path.rmdir()
 
     def require_space(self, model: nn.Module) -> None:
         """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""
@@ -273,9 +277,7 @@ def build_network(config: dict) -> Sequential:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from safetensors, after every name, shape and type has been checked. Raises InputError."""
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    size, free = size_of(path), available_memory()
-    if size > free:
-        raise InputError(f"model {str(path)!r} has {size:,} bytes, and {readable_bytes(free)} of memory are free")
+    check_tensors(path)
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -36,6 +36,11 @@ class Predictor(nn.Module):
         self.network, self.preprocessing, self.loss = network, preprocessing, loss
 
     def forward(self, rows: object) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "a Predictor reads rows, which is no graph of tensors; export its network, which takes preprocessing.normalise("
+                "preprocessing.encode(rows))"
+            )
         like = next(self.network.parameters())
         names = [column.name for column in self.preprocessing.columns]
         if names and isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == len(names):
@@ -104,7 +109,7 @@ class Predictor(nn.Module):
 
 def check_exit(network: Sequential, exit: int | str | None) -> int | str | None:
     """`exit`, if the network can answer there. Raises InputError where it cannot."""
-    answers = network.read + 1
+    answers = network.exits
     if exit not in (None, "mean") and not (isinstance(exit, int) and 1 <= exit <= answers):
         raise InputError(f"exit must be a stage from 1 to {answers}, or mean, got {exit!r}")
     if exit is not None and answers == 1:

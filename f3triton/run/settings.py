@@ -182,10 +182,11 @@ class Settings:
             value, choices = getattr(self, one.name), one.metadata["choices"]
             if choices is None or isinstance(value, Rule) or (value is None and one.default is None):
                 continue
-            object.__setattr__(self, one.name, check_word(one.name.replace("_", " "), value, choices))
+            also = "or a rule such as f3triton.Adam(lr=5e-4)" if one.name == "optimizer" else ""
+            object.__setattr__(self, one.name, check_word(one.name.replace("_", " "), value, choices, also))
         for name, value in (("batch size", self.batch_size), ("eval batch size", self.eval_batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if not isinstance(value, int) or not 1 <= value < 1 << 31:
+                raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {value!r}")
         check_seed(self.seed)
         scale = self.hidden_scale
         if scale != "mean" and not (isinstance(scale, int | float) and math.isfinite(scale)):

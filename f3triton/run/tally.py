@@ -165,7 +165,8 @@ def evaluate(
 ) -> Figures:
     """The figures of a whole data set, in its own order and in eval mode; sums are in float64.
 
-    `batch_size` counts predictions. With a `flow` of several workers the network is theirs.
+    `batch_size` counts predictions. With a `flow` of several workers the network is theirs. Raises InputError where the data
+    have other outputs than the model.
     """
     was_training = model.training
     if flow is None:
@@ -178,6 +179,8 @@ def evaluate(
     def add(target: Tensor, a: Tensor) -> None:
         nonlocal total, right, squares
         a = a.flatten(0, -2).to(dtype)  # [M, C]
+        if a.shape != target.shape:
+            raise InputError(f"the model gives {a.shape[-1]} outputs, and the data to evaluate have {target.shape[-1]}")
         total += mean_loss(a, target, loss).double() * len(a)
         right += hits(a, target).sum()
         if loss == "mse":

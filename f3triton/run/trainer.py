@@ -16,6 +16,7 @@ from ..base.exceptions import InputError
 from ..base.precision import autocast, matmul_precision, working_dtype
 from ..base.seeds import derived_seed
 from ..data import Dataset, StreamDataset
+from ..data.arrays import Arrays, as_dataset
 from ..data.augment import Augmentation
 from ..data.identity import identity
 from ..distributed.mesh import agree, join
@@ -116,9 +117,9 @@ class Trainer:
 
     def fit(
         self,
-        train: Dataset | tuple[Tensor, Tensor],
+        train: Dataset | Arrays,
         epochs: int,
-        test: Dataset | tuple[Tensor, Tensor] | None = None,
+        test: Dataset | Arrays | None = None,
         *,
         eval_every: int = 1,
         batches: Callable[[int], Iterable[Tensor]] | None = None,
@@ -129,7 +130,8 @@ class Trainer:
     ) -> FitResult:
         """Train for `epochs` visits of every sample; moments and errors start afresh.
 
-        `train` and `test` are data sets or pairs of tensors `(inputs [N, ...], targets)`. Every `eval_every` epochs (and
+        `train` and `test` are data sets, pairs of tensors or arrays `(inputs [N, ...], targets)`, or map-style data sets of
+        torch, which are read once, before training. Every `eval_every` epochs (and
         after the last) a record is made, and given to `on_record`. `batches(epoch)` (epochs from 0) replaces the seeded
         order with sample indices of your own, int64 `[batch]` each. `on_step(samples)` is called after every step.
 
@@ -278,8 +280,8 @@ class Trainer:
 
     def check(
         self,
-        train: Dataset | tuple[Tensor, Tensor],
-        test: Dataset | tuple[Tensor, Tensor] | None,
+        train: Dataset | Arrays,
+        test: Dataset | Arrays | None,
         epochs: int,
         eval_every: int = 1,
     ) -> Plan:
@@ -289,7 +291,8 @@ class Trainer:
         if self._plan is not None and all(a is b for a, b in zip(self._planned, asked, strict=True)):
             return self._plan
         self._planned = asked
-        train, test = self.place(_as_dataset(train)), self.place(_as_dataset(test))
+        train = self.place(as_dataset(train))
+        test = None if test is None else self.place(as_dataset(test, train))
         check_epochs(epochs, self.windows)
         if not isinstance(eval_every, int) or eval_every < 1:
             raise InputError(f"eval every must be a whole number of at least 1, got {eval_every!r}")
@@ -372,12 +375,12 @@ class Trainer:
             lines.append(self.replicas.describe(self.model, self.batch_size * plan.train.positions, alike))
         return lines
 
-    def evaluate(self, data: Dataset | tuple[Tensor, Tensor]) -> Record:
+    def evaluate(self, data: Dataset | Arrays) -> Record:
         """`test_loss`, and `test_error` (percent wrong) for classes or `test_mse` for values, in eval mode.
 
         `test_mse` is in units of the training targets' variance, `test_mse_in_units` in the targets' own, by name.
         """
-        data = self.place(_as_dataset(data))
+        data = self.place(as_dataset(data, None if self._plan is None else self._plan.train))
         return self._test_figures(data, resolve_loss(self.loss, data.task), 0)
 
     def _end_epoch(self, epoch: int, plan: Plan, tally: Tally, keeper: Keeper, found: Record) -> None:
@@ -474,7 +477,3 @@ def error_codec(error_dtype: str, data: Dataset, dtype: torch.dtype, rank: int |
     classes = rank is None and data.task != "regression"
     codec = make_codec(error_dtype, rank or data.outputs, dtype, classes, derived_seed(seed, "sampled errors"))
     return codec if data.positions == 1 else ByPosition(codec, data.positions)
-
-
-def _as_dataset(data: Dataset | tuple[Tensor, Tensor] | None) -> Dataset | None:
-    return data if data is None or isinstance(data, Dataset) else Dataset.from_tensors(*data)

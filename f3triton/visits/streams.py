@@ -98,8 +98,9 @@ class StreamWindows:
         self._restored = state
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and let go of the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.buffer = self.window = self._next = None
 
     def _buffer(self, pass_: int, number: int) -> Buffer:
         """That buffer; the one after it is read meanwhile."""

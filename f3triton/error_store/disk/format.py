@@ -22,7 +22,7 @@ import torch
 
 from ...base.exceptions import InputError
 from ...base.faults import fault
-from ...base.files import open_regular, parse_object, read_object
+from ...base.files import check_written, open_regular, parse_object, read_object
 from ...base.text import short
 from ..codecs import Codec, make_codec
 
@@ -34,7 +34,6 @@ MANIFEST = "manifest.json"
 MANIFEST_CAP = 1 << 20  # bytes
 MAX_SAMPLES, MAX_WIDTH, MAX_EPOCH = 1 << 40, 1 << 22, 10**9
 CHUNK = 1 << 22  # bytes read at a time
-SPARSE_FROM = 1 << 28  # bytes: larger files must be on disk, not only in name
 ROWS_FILE = re.compile(r"errors-(0|[1-9]\d{0,8})\.f3e")
 SPARE_FILE = re.compile(r"spare-\d{1,9}\.f3e")
 TEMPORARY_FILE = re.compile(r"\.manifest\.[0-9a-f]{16}\.tmp")
@@ -181,9 +180,7 @@ def check_file(path: Path, kind: Kind, epoch: int) -> int:
         size = os.fstat(descriptor).st_size
         if size != kind.file_bytes:
             raise InputError(f"{str(path)!r} has {size:,} bytes, but its rows need {kind.file_bytes:,}")
-        there = getattr(os.fstat(descriptor), "st_blocks", size) * 512
-        if size > SPARSE_FROM and size > 100 * there:
-            raise InputError(f"{str(path)!r} has {size:,} bytes, of which only {there:,} were ever written")
+        check_written(descriptor, path)
         with os_errors_named(path, "read"):
             first = os.pread(descriptor, ROWS_AT, 0)
             found, found_epoch = read_header(first, path)
