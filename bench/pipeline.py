@@ -159,7 +159,8 @@ def measured(name: str, options: argparse.Namespace) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [line.partition("@")[2] for line in done.stdout.splitlines() if line.startswith("@")]
     if done.returncode or len(lines) != processes:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "terminate" in line] or ["no output"]
+        raise RuntimeError(said[0])
     return sorted(map(json.loads, lines), key=lambda found: found["rank"])
 
 
@@ -215,7 +216,7 @@ def main() -> None:
 
         save(options.output or RESULTS / "pipeline-simulated.json", simulate_all(options.quick))
         return
-    options.batches, options.steps_of = [50, 256], [300, 80]
+    options.batches, options.steps_of = [50, 256], [300, 100]
     if options.quick:
         options.depth, options.width, options.rounds, options.batches, options.steps_of = 3, 32, 1, [8], [20]
     output = options.output or RESULTS / ("pipeline-quick.json" if options.quick else "pipeline.json")

@@ -67,6 +67,9 @@ class Receiver(Protocol):
     def ready(self) -> bool:
         """Whether there is one now."""
 
+    def close(self) -> None:
+        """After the last packet."""
+
 
 class Gone(RuntimeError):
     """A worker has ended without a word."""
@@ -101,6 +104,9 @@ class ThreadLink:
     def ready(self) -> bool:
         """See `Receiver`."""
         return not self.queue.empty()
+
+    def close(self) -> None:
+        """See `Receiver`."""
 
 
 def pack(packet: Packet) -> Tensor:
@@ -166,7 +172,8 @@ class GlooReceiver:
         self.peer, self.group, self.clock, self.name, self.device = peer, group, clock, name, device
         # Of the slots, one is in the thread's hands, and one at the sender.
         self.queue: queue.Queue[Packet | Gone] = queue.Queue(max(1, slots - 2) if slots else 0)
-        threading.Thread(target=self._receive, name="f3triton-link", daemon=True).start()
+        self.thread = threading.Thread(target=self._receive, name="f3triton-link", daemon=True)
+        self.thread.start()
 
     def _receive(self) -> None:
         try:
@@ -194,6 +201,10 @@ class GlooReceiver:
     def ready(self) -> bool:
         """See `Receiver`."""
         return not self.queue.empty()
+
+    def close(self) -> None:
+        """See `Receiver`. A thread that is still on its way out of torch when Python ends would abort the process."""
+        self.thread.join()
 
 
 def short(error: Exception) -> str:

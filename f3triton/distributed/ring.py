@@ -211,6 +211,7 @@ class Ring(Alone):
         self.out.put(Packet("end", about | {"times": [times]}, weights))
         while (packet := self.back.get()).kind != "end":
             pass
+        self.back.close()
         return packet.about["times"]
 
     def _send(self, packet: Packet, then: Then) -> None:
@@ -256,6 +257,7 @@ class Helper:
                 if not self.shared:
                     self.holding.fill(packet.tensors)
                 self.out.put(packet._replace(about=packet.about | {"times": [*packet.about["times"], times]}))
+                self.into.close()
                 return packet.about
             if failed is not None:
                 continue
