@@ -69,12 +69,12 @@ class RunFolder:
     ) -> None:
         self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
         self._made = not self.path.exists()
-        with _named(self.path, "create the output folder"):
+        with named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock or FolderLock(self.path)
         try:
             there = [] if resume else self.check(path, overwrite)
-            with _named(self.path, "tidy"):
+            with named(self.path, "tidy"):
                 self._tidy()
                 self.at = self.path / _NEW if there else self.path
                 self.at.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ class RunFolder:
         the folder is a run to nobody."""
         if self.settled:
             return
-        with _named(self.path, "write over"):
+        with named(self.path, "write over"):
             for name in ("config.json", *_NAMES):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / CHECKPOINTS).exists():
@@ -152,37 +152,43 @@ class RunFolder:
 
     def write_config(self, content: dict) -> None:
         """Write `config.json`."""
-        self.config = _json(content, indent=2)
+        self.config = json_text(content, indent=2)
         self._write_text("config.json", self.config)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file; numbers that JSON has no word for (NaN, infinity) become null."""
-        self._write_text(name, _json(content, indent=2))
+        self._write_text(name, json_text(content, indent=2))
 
     def write_metrics(self, records: list[dict]) -> None:
         """Write `metrics.jsonl` anew: at a resumption, the records up to there."""
-        self.lines = [_json(record) for record in records]
+        self.lines = [json_text(record) for record in records]
         self._write_text("metrics.jsonl", "".join(self.lines))
 
     def keep(self, record: dict, model: nn.Module) -> None:
         """Add a line to `metrics.jsonl` and write the model: an evaluation is there to stay."""
         self.mend()
         path = self.at / "metrics.jsonl"
-        with _named(path, "write"), path.open("a", encoding="utf-8") as file:
-            self.lines.append(_json(record))
-            file.write(self.lines[-1])
+        with named(path, "write"):
+            before = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json_text(record))
+            except OSError:  # on a full disk, half a line
+                os.truncate(path, before)
+                raise
+            self.lines.append(json_text(record))
         self.save_model(model)
         self.settle()
 
     def mend(self, model: nn.Module | None = None) -> None:
         """Write again what is not as this run wrote it. With the last evaluation's `model` all is looked at, to the end."""
-        with _named(self.at, "create"):
+        with named(self.at, "create"):
             self.at.mkdir(parents=True, exist_ok=True)
         self.lock.hold()
         texts, lost = {"config.json": [self.config], "metrics.jsonl": self.lines}, []
         for name, lines in texts.items():
             path = self.at / name
-            with _named(path, "read"):
+            with named(path, "read"):
                 there = path.stat().st_size if path.is_file() else 0
                 same = there == sum(map(len, lines))  # JSON's own text has one byte a character
                 if not same or (model is not None and there and path.read_text(encoding="utf-8") != "".join(lines)):
@@ -209,7 +215,7 @@ class RunFolder:
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         final = self.at / name
         temporary = self.at / f".{name}.{os.getpid()}.tmp"
-        with _named(final, "write"):
+        with named(final, "write"):
             try:
                 write(temporary)
                 if temporary.exists():
@@ -218,7 +224,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
-class _named:
+class named:
     """Turn an error of the operating system inside into an InputError that names the file and what could not be done."""
 
     def __init__(self, path: Path, action: str) -> None:
@@ -234,7 +240,8 @@ class _named:
             raise InputError(f"cannot {self.action} {str(self.path)!r}: {reason}") from None
 
 
-def _json(content: dict, indent: int | None = None) -> str:
+def json_text(content: dict, indent: int | None = None) -> str:
+    """A line, or lines, of JSON; numbers that it has no word for (NaN, infinity) become null."""
     return json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n"
 
 
