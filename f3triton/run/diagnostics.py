@@ -39,7 +39,7 @@ from ..network.head import Head
 from ..network.linear import Linear
 from ..network.sequential import Sequential
 from .curves import FEW, new_figure, plain_axes, save, scale_values
-from .folder import json_text, named
+from .folder import _named, json_text
 from .trainer import Trainer
 
 Record = dict[str, object]
@@ -170,7 +170,7 @@ class Diagnostics:
     def save(self, folder: Path) -> None:
         """Write `diagnostics.json` and `diagnostics.png` into a folder. Raises InputError where they cannot be written."""
         content = {"samples": len(self.index), "warnings": self.warnings, "records": self.records}
-        with named(folder, "write diagnostics to"):
+        with _named(folder, "write diagnostics to"):
             (folder / "diagnostics.json").write_text(json_text(content, indent=1), encoding="utf-8")
             draw(self.records, folder / "diagnostics.png")
 

@@ -69,12 +69,12 @@ class RunFolder:
     ) -> None:
         self.path, self.heads, self.warn = Path(path).expanduser(), heads, warn or (lambda line: None)
         self._made = not self.path.exists()
-        with named(self.path, "create the output folder"):
+        with _named(self.path, "create the output folder"):
             self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock or FolderLock(self.path)
         try:
             there = [] if resume else self.check(path, overwrite)
-            with named(self.path, "tidy"):
+            with _named(self.path, "tidy"):
                 self._tidy()
                 self.at = self.path / _NEW if there else self.path
                 self.at.mkdir(exist_ok=True)
@@ -116,7 +116,7 @@ class RunFolder:
         the folder is a run to nobody."""
         if self.settled:
             return
-        with named(self.path, "write over"):
+        with _named(self.path, "write over"):
             for name in ("config.json", *_NAMES):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / CHECKPOINTS).exists():
@@ -168,7 +168,7 @@ class RunFolder:
         """Add a line to `metrics.jsonl` and write the model: an evaluation is there to stay."""
         self.mend()
         path = self.at / "metrics.jsonl"
-        with named(path, "write"):
+        with _named(path, "write"):
             before = path.stat().st_size if path.exists() else 0
             try:
                 with path.open("a", encoding="utf-8") as file:
@@ -182,13 +182,13 @@ class RunFolder:
 
     def mend(self, model: nn.Module | None = None) -> None:
         """Write again what is not as this run wrote it. With the last evaluation's `model` all is looked at, to the end."""
-        with named(self.at, "create"):
+        with _named(self.at, "create"):
             self.at.mkdir(parents=True, exist_ok=True)
         self.lock.hold()
         texts, lost = {"config.json": [self.config], "metrics.jsonl": self.lines}, []
         for name, lines in texts.items():
             path = self.at / name
-            with named(path, "read"):
+            with _named(path, "read"):
                 there = path.stat().st_size if path.is_file() else 0
                 same = there == sum(map(len, lines))  # JSON's own text has one byte a character
                 if not same or (model is not None and there and path.read_text(encoding="utf-8") != "".join(lines)):
@@ -215,7 +215,7 @@ class RunFolder:
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         final = self.at / name
         temporary = self.at / f".{name}.{os.getpid()}.tmp"
-        with named(final, "write"):
+        with _named(final, "write"):
             try:
                 write(temporary)
                 if temporary.exists():
@@ -224,7 +224,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
-class named:
+class _named:
     """Turn an error of the operating system inside into an InputError that names the file and what could not be done."""
 
     def __init__(self, path: Path, action: str) -> None:
