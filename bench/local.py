@@ -177,8 +177,8 @@ def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int,
     except Diverged:
         return {"score": None, "rate": rate}
     exits = {}
-    if model.read:
-        for place in (*range(1, model.read + 2), "mean"):
+    if model.exits > 1:
+        for place in (*range(1, model.exits + 1), "mean"):
             model.exit = place
             exits[str(place)] = round(task.score(trainer.evaluate(test)), 4)
         model.exit = None

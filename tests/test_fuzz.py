@@ -383,7 +383,7 @@ def change_file(path: Path, draw: random.Random) -> str:
         ["bytes"] * 3 + ["json"] * 6 + ["tensors"] * 4 + ["pipe", "endless", "gone", "folder", "huge", "empty", "deep"]
     )
     if what == "json" and path.suffix == ".json":
-        with contextlib.suppress(ValueError):  # damaged before
+        with contextlib.suppress(ValueError, RecursionError):  # damaged before
             path.write_text(json.dumps(change_json(json.loads(path.read_text()), draw)))
     elif what == "tensors" and path.suffix == ".safetensors":
         with contextlib.suppress(ValueError, SafetensorError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -146,6 +149,41 @@ def test_a_description_that_names_files_outside(name: str, tmp_path: Path) -> No
     text = f"---\nconfigs:\n- config_name: default\n  data_files: {name.format(tmp_path)}\n---\n"
     (tmp_path / "data" / "README.md").write_text(text)
     assert "outside.csv" in refused("--dataset", "data")
+
+
+@pytest.mark.parametrize("options", [["--target", "y"], ["--target", "a"], ["--text", "a"]], ids=str)
+def test_text_that_is_none(options: list[str]) -> None:
+    raw = pa.array([b"one", b"two\xff", b"three"] * 20).cast(pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    pq.write_table(pa.table({"a": text, "y": [0, 1, 2] * 20}), "rows.parquet")
+    found = attempt(lambda: main(["--dataset", "rows.parquet", "--epochs", "1", "--output-dir", "run", *options]), seconds=15)
+    assert not found.wrong, found
+    assert found.code == 2, found
+
+
+def test_targets_beyond_the_scale_of_training(tmp_path: Path) -> None:
+    for split, last in (("train", 2.0), ("test", 1e200)):
+        rows = "".join(f"{i},{i / 7}\n" for i in range(20)) + f"1,{last}\n"
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.csv").write_text(f"a,y\n{rows}")
+    assert "holds values too large" in refused("--dataset", "data", "--task", "regression")
+
+
+def test_json_in_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "train.zip", "w") as archive:
+        archive.writestr("train.json", "null\n")
+    assert "file 'train.json' holds a row that is null" in refused("--dataset", "data")
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/dev/zero", 3])
+def test_a_saved_data_set_that_names_files_outside(name: object, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"a": list(range(40)), "y": [0, 1] * 20})
+    for folder in ("data", "other"):
+        rows.save_to_disk(str(tmp_path / folder))
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    (tmp_path / "data" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    assert "names the file" in refused("--dataset", "data")
 
 
 @pytest.mark.parametrize(

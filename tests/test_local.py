@@ -55,7 +55,10 @@ def losses(model: f3.Sequential, heads: list[Head], reader: list, x: Tensor, tar
     together = len(hidden) - max(len(reader), 1)
     for place in range(len(hidden)):
         # run the last stages of the window again from a detached input: the gradient ends there
-        first = max(0, place - reach + 1) if place < together else max(0, min(place, together) - reach + 1)
+        first = min(place, together) - reach + 1
+        first = first if first > model.unread else 0
+        if place < model.unread:
+            continue
         h = x
         for number, stage in enumerate(hidden[: place + 1]):
             if number == first:
@@ -339,13 +342,13 @@ def test_a_language_model_is_read_by_its_last_stage(tmp_path: Path, capsys: pyte
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["network"]["reading"] == 1
-    assert list(summary["exits"]) == ["1", "2", "3", "mean"]  # the embedding, and two blocks
+    assert list(summary["exits"]) == ["1", "2", "mean"]  # two blocks
     assert run("--evaluate", tmp_path / "run", "--exit", "mean") == 0
     for depth in (0, 1):
         own = ["--local-head", "own", "--local-head-depth", depth, "--output-dir", tmp_path / f"own-{depth}"]
         assert run(*small, *own, "--tokens", 5) == 0
         exits = json.loads((tmp_path / f"own-{depth}" / "summary.json").read_text())["exits"]
-        assert list(exits) == ["1", "2", "3", "mean"]
+        assert list(exits) == ["1", "2", "mean"]
         for place in (1, "mean"):
             network = f3.load(tmp_path / f"own-{depth}", exit=place).network
             assert network(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, len(set(text.read_text())))
@@ -388,3 +391,10 @@ def test_flops_are_those_of_the_formula(capsys: pytest.CaptureFixture[str], size
     passes = sum(min(reach - 1, depth - place) for place in range(1, depth))  # back through a hidden stage
     back = passes * 2 * 50 * width * width + 2 * 50 * width * 10  # and the output's own
     assert told == products + heads + back
+
+
+def test_a_local_run_that_diverges_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert run("--method", "local", "--hidden", "8x2", "--epochs", 1, "--lr", 1e30, "--output-dir", folder) == 2
+    assert "the loss became" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text())["status"] == "diverged"

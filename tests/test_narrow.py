@@ -117,8 +117,8 @@ def test_a_stage_hears_of_the_positions_that_are_read_only(reading: int) -> None
     with torch.no_grad():
         h = torch.randn(4, 5, 8, dtype=torch.float64)
         target = functional.one_hot(torch.arange(20) % CLASSES, CLASSES).double()
-        heard = local.gradient(0, h, target, Updater(model, Arithmetic(f3.SGD(lr=0.1), eager, CPU)).begin(0.1))
-    which, _ = local.narrow.draw(20, CLASSES, CPU, 1, 0)
+        heard = local.gradient(1, h, target, Updater(model, Arithmetic(f3.SGD(lr=0.1), eager, CPU)).begin(0.1))
+    which, _ = local.narrow.draw(20, CLASSES, CPU, 1, 1)
     told = heard.abs().sum(-1).flatten().nonzero().flatten()
     assert heard.shape == h.shape
     assert set(which.tolist()) <= set(told.tolist())
@@ -164,7 +164,7 @@ def test_a_run_learns_by_them_and_goes_on_where_it_stopped(tmp_path: Path, capsy
         assert run("--text", text, *SMALL, "--dry-run", *options) == 0
         told.append(int(re.search(r"FLOPs a step ([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
     classes = len(set(text.read_text()))
-    reading = 2 * 3 * 2 * 16 * 8 * 16 * classes  # three stages read by the last one, forward and back
+    reading = 2 * 2 * 2 * 16 * 8 * 16 * classes  # two blocks read by the last one, forward and back
     assert [told[0] - other for other in told[1:]] == [
         round(reading * (1 - share)) for share in (0.5, 6 / classes, 0.5 * 6 / classes)
     ]

@@ -79,7 +79,12 @@ class Table:
 
         pieces = [piece for _, piece in self.pieces(name, size=1 << 20)]
         pieces = [piece.dictionary_decode() if pa.types.is_dictionary(piece.type) else piece for piece in pieces]
-        return pa.concat_arrays(pieces) if pieces else pa.array([], self.type(name))
+        whole = pa.concat_arrays(pieces) if pieces else pa.array([], self.type(name))
+        try:
+            whole.validate(full=True)  # readers take text for what it says that it is
+        except pa.ArrowInvalid as error:
+            raise InputError(f"column {name!r} of {self.where} is damaged: {one_line(error)}") from None
+        return whole
 
     def pieces(self, name: str, size: int = 1024) -> Iterator[tuple[int, Any]]:
         """(index of its first row, arrow array of at most `size` values) until the column is through."""

@@ -4,6 +4,7 @@ nesting without bound."""
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def check_json(paths: Iterable[Path]) -> None:
         if ENDINGS.search(path.name.lower()) and path.is_file():
             with fsspec.open(str(path), "rb", compression="infer") as file:
                 _check(iter(lambda file=file: file.read(CHUNK), b""), path)
+        if path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                for name in packed.namelist():
+                    if ENDINGS.search(name.lower()):
+                        with packed.open(name) as file:
+                            _check(iter(lambda file=file: file.read(CHUNK), b""), Path(name))
 
 
 def _check(chunks: Iterable[bytes], path: Path) -> None:

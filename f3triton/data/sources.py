@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.exceptions import InputError
+from ..base.files import read_object
 from ..base.memory import available_memory
 from ..base.text import readable_bytes, short
 from .columns import listed, one_line
@@ -122,7 +123,11 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             return _load(reader, streaming, data_files=files, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             _none_of(f"saved data set {name!r}", config=config)
-            return _loaded(datasets.load_from_disk(str(path)))[1]
+            _check_saved(path)
+            splits = _loaded(datasets.load_from_disk(str(path)))[1]
+            for rows in splits.values():
+                rows.data.table.validate(full=True)  # arrow takes its files as they are, and would read beyond their end
+            return splits
         check_json(path.rglob("*.*"))
         _check_rows(path.rglob("*.parquet"), streaming)
         if (path / "README.md").exists():
@@ -168,9 +173,21 @@ def _check_rows(paths: Iterable[Path], streaming: bool) -> None:
                 told = pq.read_metadata(path)
                 needed += 8 * told.num_rows * told.num_columns
     if needed > (free := available_memory()):
-        raise InputError(
-            f"the parquet files hold {readable_bytes(needed)}, and {readable_bytes(free)} of memory are free; stream them"
-        )
+        sizes = f"{readable_bytes(needed)}, and {readable_bytes(free)} of memory are free"
+        raise InputError(f"the parquet files hold {sizes}; read them as a stream (--streaming)")
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise InputError where a saved data set names files outside of its folder."""
+    for state in folder.rglob("state.json"):
+        content = read_object(state)
+        for files in (content.get("_data_files"), content.get("_indices_files")):
+            for file in files if isinstance(files, list) else ():
+                name = file.get("filename") if isinstance(file, dict) else None
+                if not isinstance(name, str) or Path(name).name != name or (state.parent / name).is_symlink():
+                    raise InputError(
+                        f"saved data set {str(folder)!r} names the file {short(name, 200)}; allowed: one in its folder"
+                    )
 
 
 def _check_description(folder: Path, config: str | None) -> None:

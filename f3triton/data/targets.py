@@ -121,7 +121,13 @@ def encode_target(target: Target, rows: Table) -> Tensor:
         values = _target_numbers(rows, list(target.columns))
         if values.shape[1] != target.outputs:
             raise InputError(f"target of {rows.where} has {values.shape[1]} numbers a row; training had {target.outputs}")
-        return torch.from_numpy(standardise(values, target.mean, target.std).astype(np.float32))
+        with np.errstate(over="ignore"):
+            scaled = standardise(values, target.mean, target.std).astype(np.float32)
+        if not np.isfinite(scaled).all():
+            raise InputError(
+                f"target {listed(target.columns)} of {rows.where} holds values too large for its training rows' scale"
+            )
+        return torch.from_numpy(scaled)
     name = target.columns[0]
     if isinstance(target.classes[0], str):
         text = words(rows, name, target.classes if target.coded else ())

@@ -15,7 +15,7 @@ from ..base.memory import available_memory
 from .columns import listed
 from .dataset import Dataset
 from .preprocessing import TEXT, Preprocessing
-from .sources import open_source
+from .sources import open_source, reading
 from .splits import choose_splits, refuse_fraction
 from .targets import LANGUAGE_MODELING, Target
 from .tokens import BYTES, fit_tokenizer
@@ -164,7 +164,8 @@ def _read_column(
             raise InputError(
                 f"text {column!r} is no file, and no column of split {split!r}; columns: {listed(rows.column_names)}"
             )
-        values = list(rows[column])
+        with reading(name):
+            values = list(rows[column])
         wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
         if wrong is not None:
             raise InputError(

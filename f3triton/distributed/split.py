@@ -87,7 +87,7 @@ def milliseconds(model: Sequential, x: Tensor, row: Tensor | None, signal: Signa
             if x.device.type == "cuda":
                 torch.cuda.synchronize(x.device)
             times.append(time.perf_counter() - began)
-        if place < model.read:  # the reading, forward and backward
+        if model.unread <= place < model.read:  # the reading, forward and backward
             times = [seconds + 3 * _forward_seconds(model, place, h) for seconds in times]
         found.append(round(1000 * min(times), 3))
         x = h

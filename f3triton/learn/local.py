@@ -35,9 +35,13 @@ class Local:
     def __init__(self, loss: str, model: Sequential, reach: int = 1, narrow: Narrow | None = None) -> None:
         self.loss, self.heads, self.reach, self.narrow = loss, model.heads, reach, narrow or Narrow()
         self.reader = list(model.stages[len(model) - model.reading :])
-        self.direct = not self.reader and all(isinstance(head, Head) for head in model.heads or ())
+        own = [] if model.heads is None else list(model.heads)[model.unread :]
+        self.direct = not self.reader and all(isinstance(head, Head) for head in own)
         self.ending = Ending(self.reader[-1]) if self.reader and not self.narrow.all else None
-        self.read = model.read  # so many hidden stages are read; those behind them learn from the output
+        self.unread, self.read = (
+            model.unread,
+            model.read,
+        )  # so many hidden stages are read; those behind them learn from the output
 
     def begin(self, target: Tensor, step: Step) -> Hearing:
         """Begin a step with `target [M, C]`."""
@@ -82,10 +86,13 @@ class Hearing:
         h, kept = stage.keep(x, self.step, wants_input=bool(self.open))
         self.open.append((stage, kept))
         self.heard.append(h.new_zeros(()).expand(h.shape))
-        if place < self.local.read:
+        unread = self.local.unread
+        if unread <= place < self.local.read:
             self._hear(self.local.gradient(place, h, self.target, self.step))
-            if len(self.open) == self.local.reach:
+            first = place + 1 - len(self.open)  # that is open
+            while self.open and max(first, unread) <= place + 1 - self.local.reach:
                 self._finish(1)
+                first += 1
         return h
 
     def close(self, gradient: Tensor) -> None:

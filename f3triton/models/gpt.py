@@ -105,6 +105,8 @@ class GPT(Sequential):
     for sizes below 1, or heads that do not divide the dimension.
     """
 
+    unread = 1  # the embedding
+
     def __init__(
         self,
         vocabulary: int,

@@ -21,13 +21,15 @@ from .stage import Stage
 class Sequential(nn.Module):
     """Stages in order. `forward` gives the last stage's output: logits for classification, values for regression.
 
-    `heads`, where there are some, read the outputs of hidden stages (see `learn.local`); `exit` says from where `forward`
-    answers: the last stage (None), a hidden one by its number, from 1, or the `mean` of all.
+    `heads`, where there are some, read the outputs of hidden stages (see `learn.local`), but for the first `unread` ones, which
+    learn with the stage behind them: an embedding says nothing by itself. `exit` says from where `forward` answers: the last
+    stage (None), a hidden one by its number among those that are read, from 1, or the `mean` of all.
 
     Raises InputError for an empty list, something that is not a stage, or a parameter shared by two stages.
     """
 
     exit: int | str | None = None
+    unread = 0
 
     def __init__(self, *stages: Stage) -> None:
         super().__init__()
@@ -66,16 +68,22 @@ class Sequential(nn.Module):
 
     @property
     def read(self) -> int:
-        """So many hidden stages, the first ones, can be read by themselves; those behind them learn from the output."""
+        """Hidden stages before this place, but for the `unread` ones, can be read by themselves; those behind them learn from
+        the output."""
         if self.heads is not None:
             return len(self.heads)
         return len(self.stages) - 1 - self.reading if self.reading else 0
+
+    @property
+    def exits(self) -> int:
+        """How many answers there are, the network's own among them."""
+        return max(0, self.read - self.unread) + 1
 
     def answers(self, x: Tensor) -> Iterator[Tensor]:
         """What the output of each stage that can be read says by itself, in order, and then the network's output."""
         for place, stage in enumerate(self.stages):
             x = stage(x)
-            if place < self.read:
+            if self.unread <= place < self.read:
                 yield self.answer(place, x)
         yield x
 
@@ -93,7 +101,7 @@ class Sequential(nn.Module):
         Raises InputError where there are no stages before them, or their outputs have other shapes than the readers' input.
         """
         hidden = list(self.stages[:-1])
-        shapes = {tuple(stage.output_shape) for stage in hidden[: max(1, len(hidden) + 1 - stages)]}
+        shapes = {tuple(stage.output_shape) for stage in hidden[self.unread : max(self.unread + 1, len(hidden) + 1 - stages)]}
         if stages > len(hidden) or len(shapes) > 1:
             needed = f"the last {stages} stages can read the outputs of the others only where all of these have one shape"
             raise InputError(f"shared heads: {needed}, got {sorted(map(list, shapes))}; use heads of the stages' own")
@@ -115,7 +123,8 @@ class Sequential(nn.Module):
         """
         hidden, heads = list(self.stages[:-1]), []
         with drawing(torch.device("cpu"), seed, "heads"):
-            for place in range(len(hidden) - 1):
+            heads += [nn.Identity() for _ in hidden[: min(self.unread, len(hidden) - 1)]]  # so that places are numbers
+            for place in range(self.unread, len(hidden) - 1):
                 between = [copy.deepcopy(stage) for stage in hidden[place + 1 : place + 1 + depth]]
                 last = hidden[place + len(between)]
                 normal = isinstance(last, Linear) and last.norm != "none" and not last.residual

@@ -130,8 +130,9 @@ def with_local(
     for place, stage in enumerate(network.stages[:-1]):
         with FlopCounterMode(display=False) as own, torch.no_grad():
             h = stage(h)
-        flops += min(reach - 1, len(network) - 1 - place) * own.get_total_flops() if place else 0
-        if place < network.read:
+        back = reach - 1 + (place <= network.unread)  # an unread stage hears what the one behind it hears
+        flops += min(back, len(network) - 1 - place) * own.get_total_flops() if place else 0
+        if network.unread <= place < network.read:
             with FlopCounterMode(display=False) as reading, torch.no_grad():
                 network.answer(place, h)
             reads += 1

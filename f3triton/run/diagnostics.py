@@ -149,7 +149,7 @@ class Diagnostics:
                 )
                 figures |= {"angle": angle(own, exact[position])}
                 figures["norm_ratio"] = float(own.norm() / exact[position].norm().clamp_min(1e-30))
-            answers = position < twin.read or position == len(twin) - 1
+            answers = twin.unread <= position < twin.read or position == len(twin) - 1
             if answers and self.train.task != "regression":
                 with torch.no_grad():
                     h = features[position + 1]
@@ -237,13 +237,13 @@ def _own_gradient(stage: nn.Module, x: Tensor, signal: Tensor) -> Tensor:
 
 def _local_gradient(twin: Sequential, position: int, x: Tensor, target: Tensor, reach: int, loss: str) -> Tensor:
     """What the update rule gets from local errors for the stage in that position with input `x`, flat (see `learn.local`)."""
-    hidden, last = list(twin.stages[:-1]), position + reach - 1  # the last stage whose reading it hears
+    hidden, last = list(twin.stages[:-1]), max(position, twin.unread) + reach - 1  # the last stage whose reading it hears
     parameters = [p for p in hidden[position].parameters() if p.requires_grad]
     with torch.enable_grad():
         h, total = x.detach(), torch.zeros((), dtype=x.dtype if x.is_floating_point() else torch.float32, device=x.device)
         for place in range(position, len(hidden) if last >= twin.read else last + 1):
             h = hidden[place](h)
-            if place < twin.read and place <= last:
+            if twin.unread <= place < twin.read and place <= last:
                 total = total + _reading_loss(twin, place, h, target, loss)
         if last >= twin.read:
             total = total + mean_loss(twin.stages[-1](h).flatten(0, -2), target, loss)

@@ -109,7 +109,7 @@ class Predictor(nn.Module):
 
 def check_exit(network: Sequential, exit: int | str | None) -> int | str | None:
     """`exit`, if the network can answer there. Raises InputError where it cannot."""
-    answers = network.read + 1
+    answers = network.exits
     if exit not in (None, "mean") and not (isinstance(exit, int) and 1 <= exit <= answers):
         raise InputError(f"exit must be a stage from 1 to {answers}, or mean, got {exit!r}")
     if exit is not None and answers == 1:

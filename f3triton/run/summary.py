@@ -48,7 +48,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
-        "exits": exits_of(trainer, test, figure),
+        "exits": None if result.status == "diverged" else exits_of(trainer, test, figure),
         "workers": result.workers or None,
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
@@ -68,9 +68,9 @@ def exits_of(trainer: Trainer, test: Dataset, figure: str) -> dict[str, float] |
     """The test figure by what answers, of a network that has learned from local errors: each stage, by its number, and the
     mean."""
     model, found = trainer.model, {}
-    if not model.read:
+    if model.exits == 1:
         return None
-    for place in (*range(1, model.read + 2), "mean"):
+    for place in (*range(1, model.exits + 1), "mean"):
         model.exit = place
         found[str(place)] = trainer.evaluate(test)[figure]
     model.exit = None

@@ -66,6 +66,8 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
         )
     if model.reading:
         raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
+    if signal_.local and model.unread:
+        raise InputError("an embedding learns with the stage behind it from local errors; a pipeline needs another method")
     if trainer.settings.split is not None:
         check_split(trainer.settings.split, seat.workers, len(model), last)
         return trainer.settings.split
