@@ -414,3 +414,22 @@ def test_feedback_of_other_stages_is_refused(tmp_path: Path) -> None:
     with_feedback(one, one, one).fit((x, y), 2, resume=older)
     with pytest.raises(f3.InputError, match="feedback was"):
         with_feedback(one, one, three).fit((x, y), 2, resume=older)
+
+
+def test_other_data_are_noticed_to_the_last_row(tmp_path: Path) -> None:
+    x, y = torch.randn(500, 4, generator=torch.Generator().manual_seed(5)), torch.arange(500) % 3
+
+    def fit(data: tuple[torch.Tensor, torch.Tensor], epochs: int, content: bool = True) -> None:
+        snapshot = newest(tmp_path, print)
+        if snapshot is not None and not content:  # as it was written once
+            del snapshot.state["settings"]["data"]["content"]
+        trainer = f3.Trainer(f3.models.MLP([4, 5, 3], seed=1), device="cpu", lr_schedule="constant")
+        trainer.fit(data, epochs, checkpoints=Checkpoints(tmp_path, 1, epochs=True), resume=snapshot)
+
+    fit((x, y), 1)
+    other = x.clone()
+    other[1, 0] += 1  # none of the 64 rows that are looked at first
+    with pytest.raises(f3.InputError, match="'content'"):
+        fit((other, y), 2)
+    fit((x, y), 2)
+    fit((x, y), 3, content=False)

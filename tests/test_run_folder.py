@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -244,3 +245,46 @@ def test_names_by_the_second_do_not_collide(tmp_path: Path, monkeypatch: pytest.
     for _ in range(3):
         assert script.main(FAST) == 0
     assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+# --- a full disk, and figures that are none ---------------------------------------------------------------------------
+
+
+def test_no_half_line_is_left_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    model = torch.nn.Linear(2, 2)
+    folder.keep({"epoch": 1}, model)
+    before = content(folder.path)
+    opened = Path.open
+
+    def full(self: Path, *how: object, **more: object) -> object:
+        if self.name == "metrics.jsonl":
+            with opened(self, "a") as file:
+                file.write('{"epo')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(f3.InputError, match="the disk is full"):
+        folder.keep({"epoch": 2}, model)
+    monkeypatch.undo()
+    assert content(folder.path) == before
+    folder.lock.release()
+
+
+def test_a_test_on_the_training_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for options in (["--train-split", "test", "--test-split", "test"], ["--test-split", "train"]):
+        assert run(tmp_path / "run", *options) == 2
+        assert "train split" in capsys.readouterr().err
+
+
+def test_diagnostics_write_what_json_has_no_word_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = f3.Diagnostics.__call__
+
+    def broken(self: f3.Diagnostics, record: dict) -> None:
+        call(self, record)
+        self.records[-1]["stages"][0]["rank"] = float("nan")
+
+    monkeypatch.setattr(f3.Diagnostics, "__call__", broken)
+    assert run(tmp_path / "run", "--diagnose", 8) == 0
+    assert json.loads((tmp_path / "run" / "diagnostics.json").read_text())["records"][0]["stages"][0]["rank"] is None

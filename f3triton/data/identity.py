@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 SAMPLED = 64  # rows that are hashed
 
 
-def identity(data: Data) -> dict[str, str | int | None]:
+def identity(data: Data, whole: bool = False) -> dict[str, str | int | None]:
     """Name, revision, split and rows of a data set, and a hash of the inputs and targets of 64 rows spread over it.
+
+    With `whole` also a hash of all rows that it holds.
 
     Of a stream, these are the first 64.
     """
@@ -30,6 +32,7 @@ def identity(data: Data) -> dict[str, str | int | None]:
         "split": getattr(data, "split", None),
         "rows": len(data),
         "hash": _hash(inputs, data.one_hot(index, torch.float64)),
+        **({"content": digest(data)} if whole and hasattr(data, "inputs") else {}),
         **getattr(data, "reading", {}),
     }
 

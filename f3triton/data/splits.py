@@ -30,6 +30,8 @@ def choose_splits(splits: Mapping[str, Any], train: str | None, test: str | None
             train = others[0]
         else:
             raise InputError(f"there is no split 'train'; name one with train_split (--train-split); splits: {listed(splits)}")
+    if test == train:
+        raise InputError(f"train split and test split are both {train!r}: a test on rows that were learned tells nothing")
     if test is None:
         test = next((name for name in TEST_NAMES if name in splits and name != train), None)
     return train, test

@@ -60,7 +60,7 @@ def scale_values(axes: Axes, which: str, values: Iterable[float], log: bool = Fa
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     else:
-        axes.set(**{f"{which}lim": (min(0, *values), 1.05 * max(0, *values) or 1)})
+        axes.set(**{f"{which}lim": (min([0, *values]), 1.05 * max([0, *values]) or 1)})
 
 
 def plain_axes(axes: Axes, grid: str = "y") -> None:

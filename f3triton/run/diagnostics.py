@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from ..network.head import Head
 from ..network.linear import Linear
 from ..network.sequential import Sequential
 from .curves import FEW, new_figure, plain_axes, save, scale_values
+from .folder import _named, json_text
 from .trainer import Trainer
 
 Record = dict[str, object]
@@ -168,10 +168,11 @@ class Diagnostics:
                 self.warnings.append(f"stage {position} received no update in the time before epoch {found['epoch']}")
 
     def save(self, folder: Path) -> None:
-        """Write `diagnostics.json` and `diagnostics.png` into a folder."""
+        """Write `diagnostics.json` and `diagnostics.png` into a folder. Raises InputError where they cannot be written."""
         content = {"samples": len(self.index), "warnings": self.warnings, "records": self.records}
-        (folder / "diagnostics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draw(self.records, folder / "diagnostics.png")
+        with _named(folder, "write diagnostics to"):
+            (folder / "diagnostics.json").write_text(json_text(content, indent=1), encoding="utf-8")
+            draw(self.records, folder / "diagnostics.png")
 
 
 def angle(a: Tensor, b: Tensor) -> float | None:

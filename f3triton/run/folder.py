@@ -152,25 +152,31 @@ class RunFolder:
 
     def write_config(self, content: dict) -> None:
         """Write `config.json`."""
-        self.config = _json(content, indent=2)
+        self.config = json_text(content, indent=2)
         self._write_text("config.json", self.config)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file; numbers that JSON has no word for (NaN, infinity) become null."""
-        self._write_text(name, _json(content, indent=2))
+        self._write_text(name, json_text(content, indent=2))
 
     def write_metrics(self, records: list[dict]) -> None:
         """Write `metrics.jsonl` anew: at a resumption, the records up to there."""
-        self.lines = [_json(record) for record in records]
+        self.lines = [json_text(record) for record in records]
         self._write_text("metrics.jsonl", "".join(self.lines))
 
     def keep(self, record: dict, model: nn.Module) -> None:
         """Add a line to `metrics.jsonl` and write the model: an evaluation is there to stay."""
         self.mend()
         path = self.at / "metrics.jsonl"
-        with _named(path, "write"), path.open("a", encoding="utf-8") as file:
-            self.lines.append(_json(record))
-            file.write(self.lines[-1])
+        with _named(path, "write"):
+            before = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json_text(record))
+            except OSError:  # on a full disk, half a line
+                os.truncate(path, before)
+                raise
+            self.lines.append(json_text(record))
         self.save_model(model)
         self.settle()
 
@@ -234,7 +240,8 @@ class _named:
             raise InputError(f"cannot {self.action} {str(self.path)!r}: {reason}") from None
 
 
-def _json(content: dict, indent: int | None = None) -> str:
+def json_text(content: dict, indent: int | None = None) -> str:
+    """A line, or lines, of JSON; numbers that it has no word for (NaN, infinity) become null."""
     return json.dumps(_plain(content), indent=indent, allow_nan=False) + "\n"
 
 

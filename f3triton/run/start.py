@@ -75,7 +75,7 @@ class Start:
         """
         options = self.options
         if self.snapshot is not None:
-            require_same(self.snapshot, settings_of(trainer, identity(train_set), options.epochs, options.eval_every))
+            require_same(self.snapshot, settings_of(trainer, identity(train_set, True), options.epochs, options.eval_every))
         path, resume = options.output_dir or default_folder(options), self.snapshot is not None
         store, begun = trainer.store_for(train_set), self.begun or {}
         home = None if store is None else store[0]

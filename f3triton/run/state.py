@@ -288,6 +288,8 @@ def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
     then = dict(snapshot.state["settings"])
     if len(then.get("feedback", ())) == 1:  # once, a law that all stages have was written once
         then["feedback"] = then["feedback"] * len(settings["feedback"])
+    if isinstance(then.get("data"), dict) and "content" not in then["data"]:  # once, it was not noted
+        settings = settings | {"data": {k: v for k, v in settings["data"].items() if k != "content"}}
     other = differences(then, settings)
     if other:
         raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")

@@ -145,7 +145,8 @@ class Trainer:
         """
         plan = self.check(train, test, epochs, eval_every)
         self.result = result = FitResult()
-        settings = settings_of(self, identity(plan.train), plan.epochs, plan.eval_every)
+        whole = checkpoints is not None or resume is not None  # the data must be the same to the last row then
+        settings = settings_of(self, identity(plan.train, whole), plan.epochs, plan.eval_every)
         agree(self.seat, {"the checkpoint to go on from": None if resume is None else resume.state.get("steps")})
         if self.seat.worker > 0:
             help_along(self, plan, settings, resume)
