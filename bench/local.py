@@ -2,7 +2,8 @@
 
     python -m bench.local mnist --data ylecun/mnist
     python -m bench.local cifar10 --data uoft-cs/cifar10
-    python -m bench.local vit --data ylecun/mnist
+    python -m bench.local vit-mnist --data ylecun/mnist
+    python -m bench.local vit-cifar10 --data uoft-cs/cifar10
     python -m bench.local text --data path/to/tiny-shakespeare/input.txt
 
 Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
@@ -78,6 +79,14 @@ def convnet(train: f3.Dataset, options: Settings) -> f3.Sequential:
     return f3.models.ConvNet(train.shape, train.outputs, [32, 64, 128, 256], 3, [512], "relu", norm="batch")
 
 
+def vit(train: f3.Dataset, options: Settings) -> f3.Sequential:
+    """The authors' vision transformer (arXiv 2304.13372): 4 blocks, 16 tokens of 32."""
+    channels, size, _ = train.shape
+    sizes = {"depth": 4, "heads": 8, "dim": 32, "head_dim": 64, "mlp_width": 128}
+    return f3.models.ViT(size, channels, train.outputs, size // 4, **sizes)
+
+
+VIT = {**LOCAL, "local, heads with a block": {"method": "local", "local_head_depth": 1}, **OTHERS}
 TASKS = {
     "mnist": Task(
         mlp,
@@ -95,6 +104,8 @@ TASKS = {
         epochs=5,
         choose_epochs=1,
     ),
+    "vit-mnist": Task(vit, VIT, (5e-4, 1e-3, 3e-3), batch=100, epochs=5, choose_epochs=2, loss="cross-entropy"),
+    "vit-cifar10": Task(vit, VIT, (5e-4, 1e-3, 3e-3), batch=100, epochs=5, choose_epochs=2, loss="cross-entropy"),
     "text": Task(
         gpt,
         {
@@ -128,6 +139,7 @@ TASKS = {
 QUICK = ("mnist", "text")
 NETWORK = {"hidden", "blocks", "dim"}  # options of a method that are the network's
 TEXT_WINDOWS = 9600  # of the training text
+IMAGES_OF_VIT = 10_000  # of the training images
 
 
 def load(name: str, data: str | None, quick: bool) -> tuple[f3.Dataset, f3.Dataset]:
@@ -137,7 +149,8 @@ def load(name: str, data: str | None, quick: bool) -> tuple[f3.Dataset, f3.Datas
             readme = Path(__file__).resolve().parents[1] / "README.md"
             return f3.load_text(readme, context=16, tokenizer="bytes", max_train_samples=96)
         return f3.load_text(data, max_train_samples=TEXT_WINDOWS)
-    return f3.load_dataset("digits" if quick else data)
+    some = {"max_train_samples": IMAGES_OF_VIT} if name.startswith("vit") else {}
+    return f3.load_dataset("digits" if quick else data, **some)
 
 
 def split(train: f3.Dataset) -> tuple[f3.Dataset, f3.Dataset]:

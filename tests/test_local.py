@@ -303,6 +303,19 @@ def test_other_networks(kind: str) -> None:
 # --- from the command line --------------------------------------------------------------------------------------------
 
 
+def test_a_converted_model_learns_from_heads_of_its_own() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*parts, nn.ReLU(), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+    train, test = (
+        (part.inputs.view(-1, 1, 8, 8).float() / 16, part.targets) for part in f3.load_dataset(max_train_samples=600)
+    )
+    network = f3.convert(model, train[0][:2])
+    trainer = f3.Trainer(network, "cross-entropy", f3.Adam(lr=5e-3), method="local", reach=2, device="cpu")
+    assert trainer.fit(train, 5, test).history[-1]["test_error"] < 15
+    assert network.exits == 3
+
+
 def test_a_run_and_its_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder = tmp_path / "run"
     small = ["--method", "local", "--hidden", "32x3", "--epochs", 4, "--lr", "3e-3"]
