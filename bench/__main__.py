@@ -33,6 +33,8 @@ FULL = {
     "kernel_report": ["--arch", "all"],
     "local mnist": ["mnist", "--data", "{mnist}"],
     "local cifar10": ["cifar10", "--data", "{cifar10}"],
+    "local vit-mnist": ["vit-mnist", "--data", "{mnist}"],
+    "local vit-cifar10": ["vit-cifar10", "--data", "{cifar10}"],
     "local text": ["text", "--data", "{text}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
     "vit": ["--mnist", "{mnist}"],

@@ -158,6 +158,8 @@ TABLES = {
     "local-mnist": lambda: local_table("mnist"),
     "local-cifar10": lambda: local_table("cifar10"),
     "local-text": lambda: local_table("text"),
+    "local-vit-mnist": lambda: local_table("vit-mnist"),
+    "local-vit-cifar10": lambda: local_table("vit-cifar10"),
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),

@@ -110,6 +110,35 @@ def test_a_step_is_autograd_on_detached_inputs(make: object, reading: str | int,
         assert theirs.grad is not None
 
 
+@pytest.mark.parametrize("kind", ["normalised", "residual", "pooled"])
+def test_a_linear_stage_inside_a_block_is_what_it_is_outside(kind: str) -> None:
+    """A head with stages in front of its reading is updated by the gradient of what it says."""
+    torch.manual_seed(0)
+    if kind == "pooled":
+        model, x = (
+            f3.models.ViT(4, 1, 3, 2, depth=2, heads=2, dim=6, mlp_width=8, pool="mean").double(),
+            torch.randn(6, 1, 4, 4),
+        )
+    else:
+        residual = kind == "residual"
+        model, x = f3.models.MLP([6, 8, 8, 8, 3], "tanh", norm="layer", residual=residual).double(), torch.randn(6, 6)
+    x, target = x.double(), functional.one_hot(torch.arange(6) % 3).double()
+    model.prepare(x[:1], 3, None)
+    model.add_heads([list(stage.output_shape) for stage in model.stages[:-1]], 3, depth=1)
+    step = Updater(model, Arithmetic(RULE, eager, CPU)).begin(0.1)
+    for place, head in enumerate(model.heads):
+        h = x
+        for stage in model.stages[: place + 1]:
+            h = stage(h)
+        twin, h = copy.deepcopy(head), h.detach().requires_grad_()
+        functional.cross_entropy(twin(h), target).backward()
+        with torch.no_grad():
+            got = Local("cross-entropy", model).gradient(place, h.detach(), target, step)
+        torch.testing.assert_close(got, h.grad, rtol=1e-9, atol=1e-11)
+        for ours, theirs in zip(head.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.detach(), (theirs - 0.1 * theirs.grad).detach(), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
 @pytest.mark.parametrize("method", ["local", "f3"])
 def test_normalised_stages_with_residuals(method: str, activation: str) -> None:

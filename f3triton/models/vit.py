@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -55,8 +55,8 @@ class Readout(Linear):
     def _pooled(self, x: Tensor) -> Tensor:
         return x.flatten(1) if self.pool == "flatten" else x.mean(1)
 
-    def compute(self, x: Tensor) -> Tensor:
-        return super().compute(self._pooled(x))
+    def compute(self, x: Tensor, activated: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return super().compute(self._pooled(x), activated)
 
     def learn(self, x: Tensor, row: Tensor, step: Step) -> Tensor:
         return super().learn(self._pooled(x), row, step)

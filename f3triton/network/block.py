@@ -67,8 +67,7 @@ class _Learning(inside.Inside):
     def run(self, stage: Stage, x: Tensor) -> Tensor:
         if not isinstance(stage, Linear) or not self._learns(stage):
             return stage.compute(x)
-        stage.check_input(x)
-        return _FusedLinear.apply(x, stage.weight, stage.bias, stage, stage.activation, self)
+        return stage.compute(x, lambda x: _FusedLinear.apply(x, stage.weight, stage.bias, stage, stage.activation, self))
 
     def run_linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
         if x.dim() < 2 or not self._learns(layer):

@@ -77,9 +77,11 @@ class Linear(Stage):
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise InputError(f"a Linear stage needs an input of shape [batch, {self.in_features}], got {list(x.shape)}")
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, activated: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The output for `x [..., in_features]`; `activated`: another way to `phi(x W^T + b)`."""
         self.check_input(x)
-        return self._output(activate(functional.linear(x, self.weight, self.bias), self.activation), x)
+        h = activate(functional.linear(x, self.weight, self.bias), self.activation) if activated is None else activated(x)
+        return self._output(h, x)
 
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         """What the stage gives for an activation `h`, normalised and added to its input `x`."""
