@@ -233,7 +233,7 @@ def rows_of(name: str, metric: str, runs: dict[str, dict]) -> list[dict]:
 
 
 def show(metric: str, runs: dict[str, dict]) -> str:
-    """The table of the methods: mean over seeds and standard deviation, other answers, and costs."""
+    """The table of the methods: mean over seeds and standard deviation, other answers, and costs by arithmetic."""
     lines = []
     for method, group in grouped(runs).items():
         first, scores = group[0], torch.tensor([one["score"] for one in group])
@@ -242,11 +242,10 @@ def show(metric: str, runs: dict[str, dict]) -> str:
         lines.append(
             [method, f"{scores.mean():.3f}" + (f" ± {scores.std():.3f}" if len(group) > 1 else ""),
              "" if mean is None else f"{mean:.3f}", "" if best is None else f"{best:.3f}", len(group), f"{first['rate']:g}",
-             f"{first['parameters']:,}", f"{first['flops'] / 1e9:.2f}", f"{first['activations'] / 2**20:.1f}",
-             f"{first['steps_per_second']:.1f}"]
+             f"{first['parameters']:,}", f"{first['flops'] / 1e9:.2f}", f"{first['activations'] / 2**20:.1f}"]
         )  # fmt: skip
     figures = ["the network's output", "mean of the heads", "best exit", "seeds", "learning rate"]
-    return table([metric, *figures, "parameters", "GFLOPs a step", "activations, MiB", "steps/s"], lines)
+    return table([metric, *figures, "parameters", "GFLOPs a step", "activations, MiB"], lines)
 
 
 def main() -> None:
