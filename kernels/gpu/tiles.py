@@ -57,7 +57,7 @@ ROOMY = 160 << 10  # bytes of shared memory: what an A100, H100, H200 or B200 ha
 STRIDE = 1 << 23  # elements; a tile has at most 256 rows or columns, and offsets in it 32 bits
 ELEMENTWISE = 1024
 # (rows, units) of a stage's head, by the block of classes
-HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 64), 4, 2), 128: Tile((16, 32), 4, 2)}
+HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 32), 4, 2), 128: Tile((16, 32), 4, 2)}
 HEAD_HALF = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 8, 2), 64: Tile((16, 32), 8, 2), 128: Tile((16, 16), 8, 2)}
 HEAD_CLASSES = max(HEAD)  # of a head in one launch: all are in registers
 OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
