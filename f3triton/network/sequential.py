@@ -75,6 +75,11 @@ class Sequential(nn.Module):
         return len(self.stages) - 1 - self.reading if self.reading else 0
 
     @property
+    def reading_depth(self) -> int:
+        """So many stages are in front of each reading."""
+        return self._heads_are["depth"] if self.heads is not None else max(0, self.reading - 1)
+
+    @property
     def exits(self) -> int:
         """How many answers there are, the network's own among them."""
         return max(0, self.read - self.unread) + 1

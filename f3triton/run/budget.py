@@ -122,7 +122,8 @@ def with_local(
 
     A reading costs its products forward and back, and a head of a stage's own its weight gradient too; where it looks at a
     `share` of the positions, that share, and of the last linear layer's products with `candidates` their share of the classes.
-    Every further stage of the reach costs the products of its input's gradient, and has its activations alive.
+    Every further stage of the reach costs the products of its input's gradient, and has its activations alive, as have stages
+    in front of the readings.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +144,7 @@ def with_local(
         narrow = share * (1 if candidates is None else (candidates + 1) / a.shape[-1])
         flops -= round(2 * reads * (1 - narrow) * own.get_total_flops())
     flops += own.get_total_flops()  # the output's gradient goes back too
-    memory = budget.memory | {"activations": reach * budget.memory["activations"]}
+    memory = budget.memory | {"activations": (reach + network.reading_depth) * budget.memory["activations"]}
     return replace(budget, flops=flops, memory=memory)
 
 
