@@ -284,24 +284,11 @@ def head_step_(
     bias_state: State | None,
     update: Update,
     norm: bool = True,
+    *,
+    ops: ModuleType | SimpleNamespace | None = None,
 ) -> Tensor:
-    """See `reference.head_step_`."""
-    return compose_head_step_(_here, h, weight, bias, target, loss, weight_state, bias_state, update, norm)
-
-
-def compose_head_step_(
-    ops: ModuleType | SimpleNamespace,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    loss: str,
-    weight_state: State,
-    bias_state: State | None,
-    update: Update,
-    norm: bool = True,
-) -> Tensor:
-    """`head_step_` by the other operations of `ops`."""
+    """See `reference.head_step_`; by the other operations of `ops`, these by default."""
+    ops = ops or _here
     n = normalise(h) if norm else h
     source = weight if weight_state.shadow is None else weight_state.shadow
     z, _ = ops.linear_keep(n, source, bias, "identity")

@@ -38,10 +38,7 @@ class Local:
         own = [] if model.heads is None else list(model.heads)[model.unread :]
         self.direct = not self.reader and all(isinstance(head, Head) for head in own)
         self.ending = Ending(self.reader[-1]) if self.reader and not self.narrow.all else None
-        self.unread, self.read = (
-            model.unread,
-            model.read,
-        )  # so many hidden stages are read; those behind them learn from the output
+        self.unread, self.read = model.unread, model.read  # those between are read; those behind them learn from the output
 
     def begin(self, target: Tensor, step: Step) -> Hearing:
         """Begin a step with `target [M, C]`."""

@@ -436,7 +436,7 @@ def head_step_(
     _check(target.shape == (samples, classes), f"target has shape {list(target.shape)}; needed: {[samples, classes]}")
     if classes > tiles.HEAD_CLASSES:
         own = with_precision(precision)
-        return eager.compose_head_step_(own, h, weight, bias, target, loss, weight_state, bias_state, update, norm)
+        return eager.head_step_(h, weight, bias, target, loss, weight_state, bias_state, update, norm, ops=own)
     _check_state("weight", weight, weight_state, update)
     _check_state("bias", bias, bias_state, update)
     _check_bias(bias, classes)
