@@ -24,7 +24,7 @@ from .common import RESULTS
 
 HERE = Path(__file__).parent
 NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
-NOT_ALONE |= {"error_store_peers", "tritons", "pipeline_simulation"}
+NOT_ALONE |= {"error_store_peers", "local_tried", "tritons", "pipeline_simulation"}
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output; of a benchmark of several tasks by each
 FULL = {
@@ -36,6 +36,7 @@ FULL = {
     "local vit-mnist": ["vit-mnist", "--data", "{mnist}"],
     "local vit-cifar10": ["vit-cifar10", "--data", "{cifar10}"],
     "local text": ["text", "--data", "{text}"],
+    "local tried": ["tried", "--data", "{cifar10}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
     "vit": ["--mnist", "{mnist}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],

@@ -5,10 +5,12 @@
     python -m bench.local vit-mnist --data ylecun/mnist
     python -m bench.local vit-cifar10 --data uoft-cs/cifar10
     python -m bench.local text --data path/to/tiny-shakespeare/input.txt
+    python -m bench.local tried --data uoft-cs/cifar10     what others propose, and this library has no option for
 
-Networks, order and number of visits are the same for all methods of a task (`TASKS`); optimizer Adam with cosine decay. A
-learning rate is chosen in runs (for images shorter ones) on a validation split, the last sixth of the training samples (after a
-shuffle, but for text), with one seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
+Networks, order and number of visits are the same for all methods of a task (`TASKS`), but for windows, whose order is their
+own and whose epochs are rounded up to whole visits; optimizer Adam with cosine decay. A learning rate is chosen in runs (for
+images shorter ones) on a validation split, the last sixth of the training samples (after a shuffle, but for text), with one
+seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
 stage says by itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be
 stopped and started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled
 digits and on this repository's README.
@@ -32,6 +34,7 @@ from f3triton.run.budget import estimate, with_local
 from f3triton.run.tally import Diverged
 
 from .common import RESULTS, result, row, save, table
+from .local_tried import changed
 
 Settings = dict[str, object]
 LOCAL: dict[str, Settings] = {
@@ -56,7 +59,8 @@ class Task:
     batch: int
     epochs: int
     choose_epochs: int  # of the runs that choose a learning rate
-    loss: str = "auto"
+    loss: str = "bce"
+    images: int | None = None  # of the training images, all by default
     metric: str = "test error, %"
 
     def score(self, record: dict) -> float:
@@ -77,6 +81,11 @@ def gpt(train: TextDataset, options: Settings) -> f3.Sequential:
 def convnet(train: f3.Dataset, options: Settings) -> f3.Sequential:
     """Four convolutions with batch normalisation and a hidden layer, relu; 0.9 million parameters."""
     return f3.models.ConvNet(train.shape, train.outputs, [32, 64, 128, 256], 3, [512], "relu", norm="batch")
+
+
+def small_convnet(train: f3.Dataset, options: Settings) -> f3.Sequential:
+    """Three convolutions with batch normalisation and a hidden layer, relu."""
+    return f3.models.ConvNet(train.shape, train.outputs, [16, 32, 64], 3, [256], "relu", norm="batch")
 
 
 def vit(train: f3.Dataset, options: Settings) -> f3.Sequential:
@@ -104,8 +113,26 @@ TASKS = {
         epochs=5,
         choose_epochs=1,
     ),
-    "vit-mnist": Task(vit, VIT, (5e-4, 1e-3, 3e-3), batch=100, epochs=5, choose_epochs=2, loss="cross-entropy"),
-    "vit-cifar10": Task(vit, VIT, (5e-4, 1e-3, 3e-3), batch=100, epochs=5, choose_epochs=2, loss="cross-entropy"),
+    "vit-mnist": Task(vit, VIT, (5e-4, 1e-3, 3e-3), 100, 5, choose_epochs=2, loss="cross-entropy", images=10_000),
+    "vit-cifar10": Task(vit, VIT, (5e-4, 1e-3, 3e-3), 100, 5, choose_epochs=2, loss="cross-entropy", images=10_000),
+    "tried": Task(
+        small_convnet,
+        {
+            "backprop": {"method": "bp"},
+            **LOCAL,
+            "heads with a stage": {"method": "local", "local_head_depth": 1},
+            "heads with a stage, reach 2": {"method": "local", "local_head_depth": 1, "reach": 2},
+            "similarity matching": {"method": "local", "idea": "similarity"},
+            "reconstruction": {"method": "local", "idea": "reconstruction"},
+            "quieter early stages, reach 2": {"method": "local", "reach": 2, "idea": "quieter"},
+            "blended with the delayed error": {"method": "local", "idea": "blend"},
+        },
+        (1e-3, 2e-3, 4e-3),
+        batch=100,
+        epochs=5,
+        choose_epochs=2,
+        images=10_000,
+    ),
     "text": Task(
         gpt,
         {
@@ -125,8 +152,11 @@ TASKS = {
             "local, reach 3": {"method": "local", "reach": 3},
             "backprop, 1 block": {"method": "bp", "blocks": 1},
             "backprop, 2 blocks": {"method": "bp", "blocks": 2},
+            "local, a tenth of the positions": {"method": "local", "local_positions": 0.1},
+            "local, 16 candidates": {"method": "local", "local_candidates": 16},
             "DFA": {"method": "dfa"},
             "F3 in windows": {"method": "f3", "window": 64, "visits": 5},
+            "F3 in windows of 640": {"method": "f3", "window": 640, "visits": 5},
         },
         (3e-3, 6e-3, 1.2e-2),
         batch=32,
@@ -137,9 +167,8 @@ TASKS = {
     ),
 }
 QUICK = ("mnist", "text")
-NETWORK = {"hidden", "blocks", "dim"}  # options of a method that are the network's
+OWN = {"hidden", "blocks", "dim", "idea"}  # options of a method that are not the trainer's: the network's, and what is tried
 TEXT_WINDOWS = 9600  # of the training text
-IMAGES_OF_VIT = 10_000  # of the training images
 
 
 def load(name: str, data: str | None, quick: bool) -> tuple[f3.Dataset, f3.Dataset]:
@@ -149,8 +178,7 @@ def load(name: str, data: str | None, quick: bool) -> tuple[f3.Dataset, f3.Datas
             readme = Path(__file__).resolve().parents[1] / "README.md"
             return f3.load_text(readme, context=16, tokenizer="bytes", max_train_samples=96)
         return f3.load_text(data, max_train_samples=TEXT_WINDOWS)
-    some = {"max_train_samples": IMAGES_OF_VIT} if name.startswith("vit") else {}
-    return f3.load_dataset("digits" if quick else data, **some)
+    return f3.load_dataset("digits" if quick else data, max_train_samples=None if quick else TASKS[name].images)
 
 
 def split(train: f3.Dataset) -> tuple[f3.Dataset, f3.Dataset]:
@@ -181,12 +209,15 @@ def costs(trainer: f3.Trainer, train: f3.Dataset) -> dict[str, int]:
 def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int, rate: float, method: Settings) -> dict:
     """One training run: the task's figure on the second data set, that of every exit, and what it cost."""
     train, test = data
+    visits = method.get("visits", 1)
+    epochs = math.ceil(epochs / visits) * visits
     torch.manual_seed(seed)
     model = task.network(train, method)
-    settings = {name: value for name, value in method.items() if name not in NETWORK}
+    settings = {name: value for name, value in method.items() if name not in OWN}
     trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
     try:
-        found = trainer.fit(train, epochs, test, eval_every=epochs)
+        with changed(method.get("idea"), train, model) as seen:
+            found = trainer.fit(seen, epochs, test, eval_every=epochs)
     except Diverged:
         return {"score": None, "rate": rate}
     exits = {}

@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save
@@ -149,17 +150,14 @@ def pipeline_table() -> str:
     return f"{table(header, lines)}\n\n{load}\n\n{source(name)}"
 
 
+LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,
     "error-codecs": codecs_table,
     "error-store": store_table,
     "gpt": gpt_table,
-    "local-mnist": lambda: local_table("mnist"),
-    "local-cifar10": lambda: local_table("cifar10"),
-    "local-text": lambda: local_table("text"),
-    "local-vit-mnist": lambda: local_table("vit-mnist"),
-    "local-vit-cifar10": lambda: local_table("vit-cifar10"),
+    **{f"local-{task}": partial(local_table, task) for task in LOCAL_TASKS},
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),

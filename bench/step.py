@@ -95,9 +95,10 @@ def plain_torch(width: int, depth: int, f3_rule: bool, fused: bool, compiled: bo
     return step
 
 
-def library(method: str, width: int, depth: int) -> Step:
-    """A step of this library's trainer."""
-    model = f3.models.MLP([INPUTS, *[width] * depth, CLASSES])
+def library(method: str, width: int, depth: int, norm: bool = False) -> Step:
+    """A step of this library's trainer; with `norm` of a network of relu and layer normalisations, as local errors want it."""
+    sizes = [INPUTS, *[width] * depth, CLASSES]
+    model = f3.models.MLP(sizes, "relu", norm="layer") if norm else f3.models.MLP(sizes)
     trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), method=method, lr_schedule="constant", device="cpu")
     trainer.fit(data(), 1, batches=lambda epoch: [torch.arange(50)])
     return lambda index: trainer.learner.visit(Visit(index, index), LR)
@@ -131,6 +132,8 @@ def contestants(width: int, depth: int, batch: int, compiled: bool) -> dict[str,
         "f3triton f3": library("f3", width, depth),
         "f3triton dfa": library("dfa", width, depth),
         "f3triton bp": library("bp", width, depth),
+        "f3triton f3, relu + norm": library("f3", width, depth, norm=True),
+        "f3triton local, relu + norm": library("local", width, depth, norm=True),
         "floor": floor(width, depth, batch),
     }
     if compiled:

@@ -1,0 +1,138 @@
+"""What was tried beside errors at the stage itself: losses and blends that others propose (`python -m bench.local tried`).
+
+Every idea changes the gradient that a stage gets from its own head, and nothing else. None of them is an option of the library:
+the table of that task says why.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import f3triton as f3
+from f3triton.learn.local import Hearing, Local
+from f3triton.network.stage import Stage
+from f3triton.network.updater import Step
+
+RECONSTRUCTION, SIMILARITY, BLEND = 0.3, 0.99, 0.3  # shares of what is added
+
+
+class Remembering(Hearing):
+    """A hearing that keeps the network's input for `Tried`."""
+
+    def pass_through(self, place: int, stage: Stage, x: Tensor) -> Tensor:
+        if place == 0:
+            self.local.x = x
+        return super().pass_through(place, stage, x)
+
+
+class Tried(Local):
+    """Local errors, changed by an `idea`: `(local, place, h, target, own) -> gradient at h`, `own` being the plain one."""
+
+    idea: Callable[[Tried, int, Tensor, Tensor, Tensor], Tensor]
+    shape: torch.Size  # of an image
+
+    def __init__(self, loss: str, model: f3.Sequential, *arguments: object) -> None:
+        super().__init__(loss, model, *arguments)
+        self.model, self.decoders = model, {}
+
+    def begin(self, target: Tensor, step: Step) -> Hearing:
+        return Remembering(self, target, step)
+
+    def gradient(self, place: int, h: Tensor, target: Tensor, step: Step) -> Tensor:
+        return self.idea(self, place, h, target, super().gradient(place, h, target, step))
+
+
+def similarity(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """The cosines between samples should be those of their targets (Nokland and Eidnes, arXiv 1901.06656, without their extra
+    convolution: of an image, each channel's deviation)."""
+
+    def cosines(rows: Tensor) -> Tensor:
+        rows = functional.normalize(rows - rows.mean(1, keepdim=True))
+        return rows @ rows.t()
+
+    def loss(h: Tensor) -> Tensor:
+        return functional.mse_loss(cosines(h.flatten(2).std(2) if h.dim() == 4 else h), cosines(target))
+
+    return (1 - SIMILARITY) * own + SIMILARITY * gradient_of(loss, h)
+
+
+def reconstruction(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """A 1 x 1 convolution should find the input again, less so the later the stage (InfoPro, Wang et al., arXiv 2101.10832)."""
+    if h.dim() != 4:
+        return own
+    image = local.x.view(-1, *local.shape)
+    if place not in local.decoders:
+        decoder = torch.nn.Conv2d(h.shape[1], image.shape[1], 1)
+        local.decoders[place] = decoder, torch.optim.Adam(decoder.parameters(), 1e-3)
+    decoder, optimizer = local.decoders[place]
+    small = functional.adaptive_avg_pool2d(image, h.shape[2:])
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        functional.mse_loss(decoder(leaf), small).backward()
+    optimizer.step()
+    return own + RECONSTRUCTION / (place + 1) * leaf.grad
+
+
+def quieter(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """What a stage says counts the less the earlier it stands; felt with a reach over 1 only, Adam takes out a factor."""
+    return own * (place + 1) / (local.read + 1)
+
+
+def blend(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """In part the error that the sample left at the output at its last visit, as F3's, but through the stage's head."""
+    index, errors = local.model.seen, local.model.errors
+    head, left = local.heads[place], errors[index]  # [M, C], 0 before the first visit
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        (stale,) = torch.autograd.grad(head.linear(head.normal_rows(leaf)), leaf, left / len(left))
+    return (1 - BLEND) * own + BLEND * stale
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def remember(train: f3.Dataset, model: f3.Sequential) -> None:
+    """Let a model know the samples of a step, and the errors `[samples, C]` that all left at its output (for `blend`)."""
+    fetch, last = train.fetch, model.stages[-1]
+    keep, model.errors = last.keep, torch.zeros(len(train), train.outputs)
+    targets = functional.one_hot(train.targets, train.outputs)
+
+    def fetched(index: Tensor, *arguments: object) -> Tensor:
+        model.seen = index
+        return fetch(index, *arguments)
+
+    def kept(x: Tensor, *arguments: object, **named: object) -> object:
+        a, what = keep(x, *arguments, **named)
+        model.errors[model.seen] = torch.sigmoid(a) - targets[model.seen]
+        return a, what
+
+    train.fetch, last.keep = fetched, kept
+
+
+IDEAS = {"similarity": similarity, "reconstruction": reconstruction, "quieter": quieter, "blend": blend}
+
+
+@contextmanager
+def changed(idea: str | None, train: f3.Dataset, model: f3.Sequential) -> Iterator[f3.Dataset]:
+    """Runs inside learn by local errors that are changed by the idea of that name, from the training set that it gives."""
+    if idea is None:
+        yield train
+        return
+    if idea == "blend":
+        train = copy.copy(train)
+        remember(train, model)
+    with mock.patch(
+        "f3triton.run.trainer.Local", type("Idea", (Tried,), {"idea": staticmethod(IDEAS[idea]), "shape": train.shape})
+    ):
+        yield train
