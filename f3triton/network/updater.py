@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed
+from ..base.words import OPTIMIZERS
 from ..kernels.eager import FUSED_DEVICES
 from ..kernels.generated import GeneratedFeedback
 from ..kernels.rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
-RULES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+RULES = dict(zip(OPTIMIZERS, (SGD, Adam, AdamW), strict=True))
 DEFAULT_LR = {"sgd": 1e-2, "adam": 5e-4, "adamw": 5e-4}
 
 Layer = nn.Module  # with `weight [out, in]` and `bias [out]` or None: a Linear of ours, or torch's
