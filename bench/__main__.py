@@ -37,6 +37,7 @@ FULL = {
     "local vit-cifar10": ["vit-cifar10", "--data", "{cifar10}"],
     "local text": ["text", "--data", "{text}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
+    "rates": ["--mnist", "{mnist}", "--wine", "{wine}"],
     "vit": ["--mnist", "{mnist}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],
     "windows": ["--mnist", "{mnist}"],

@@ -56,7 +56,7 @@ class Task:
     batch: int
     epochs: int
     choose_epochs: int  # of the runs that choose a learning rate
-    loss: str = "auto"
+    loss: str = "bce"
     metric: str = "test error, %"
 
     def score(self, record: dict) -> float:

@@ -133,6 +133,12 @@ def simulated_table() -> str:
     return "\n\n".join([*tables, source(name)])
 
 
+def rates_table() -> str:
+    from .rates import show
+
+    return f"{show(read_result('rates.json')['runs'])}\n\n{source('rates.json')}"
+
+
 def pipeline_table() -> str:
     """Steps a second, the idle part and memory of a worker, at each batch size; and the machine's load."""
     name = "pipeline.json"
@@ -150,6 +156,7 @@ def pipeline_table() -> str:
 
 
 TABLES = {
+    "rates": rates_table,
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,
     "error-codecs": codecs_table,

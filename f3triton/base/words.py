@@ -28,6 +28,9 @@ LAWS = (
     "chunked-negative",
     "cartesian-product",
 )
+# Learning rates of adam and adamw where none is given, by method: from bench.rates and, for networks that are no MLPs,
+# bench.local. Of the methods that were not measured, the last.
+RATES = {"f3": 3e-3, "local": 1e-3, "dfa": 1e-3, "bp": 1e-3, "others": 5e-4}
 FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
 FEEDBACK_AT = ("output", "normalised")
 KINDS = ("mlp", "vit", "convnet", "gpt")

@@ -29,6 +29,7 @@ from ..base.words import (
     OPTIMIZERS,
     ORDERS,
     PRECISIONS,
+    RATES,
     SIGNALS,
 )
 from ..kernels.words import BACKENDS, LINKS, LOSSES
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ..learn.signal import Signal
     from ..visits.windows import Windows
 
+RATES_SAID = f"{', '.join(f'{rate:g} for {method}' for method, rate in RATES.items())}; with sgd 0.01"
 SWITCH = ("auto", "on", "off")
 LOCAL_HEADS = ("auto", "own", "shared")
 LOCAL_FEEDBACK = ("head", "random")
@@ -133,7 +135,7 @@ class Settings:
     optimizer: str | Rule = field(default="adam", metadata=about("training", choices=OPTIMIZERS, within="rule", help=
         "update rule"))
     lr: float | None = field(default=None, metadata=about("training", parse=float, metavar="RATE", within="rule", help=
-        "learning rate; default: 5e-4 for adam and adamw, 1e-2 for sgd"))
+        f"learning rate; default: {RATES_SAID}"))
     momentum: float | None = field(default=None, metadata=about("training", parse=float, metavar="M", within="rule", help=
         "momentum of sgd; default: 0"))
     nesterov: bool = field(default=False, metadata=about("training", within="rule", help=
@@ -301,6 +303,8 @@ class Settings:
         for name, value in own.items():
             if value is not None and not isinstance(self.optimizer, str):
                 raise InputError(f"{name} {value!r} has no effect with the optimizer {self.optimizer}; leave it out")
+        if self.lr is None and self.optimizer in ("adam", "adamw"):
+            own["lr"] = RATES.get(self.method, RATES["others"])
         return make_rule(self.optimizer, **own)
 
     @cached_property
