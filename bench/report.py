@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save
+from f3triton.run.curves import COLOURS, can_draw, label_ends, new_figure, plain_axes, save
 
 from .common import RESULTS, read_result, table, where
 
@@ -221,8 +221,8 @@ def draw() -> None:
         "backprop": ("bp-default", grey),
         "DFA": ("dfa-default", red),
         "F3, windows": ("f3-windows", blue),
-        "F3, this library's default": ("f3-default", blue),
-        "F3, the paper's setting": ("f3-error-masked-trinomial", blue),
+        "F3, falling learning rate": ("f3-default", blue),
+        "F3, the best of the paper's four": ("f3-error-masked-trinomial", blue),
         "DRTP": ("drtp-trinomial", grey),
         "last layer only": ("last-layer", grey),
     }
@@ -248,6 +248,8 @@ def main() -> None:
         sys.exit(f"{changed[0].name}: a table is not that of its results; run python -m bench.report" if changed else 0)
     for path in changed:
         path.write_text(made[path], encoding="utf-8")
+    if not can_draw():
+        sys.exit("bench.report: tables are written; error: the picture needs matplotlib (pip install matplotlib)")
     draw()
 
 
