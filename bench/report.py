@@ -139,6 +139,37 @@ def rates_table() -> str:
     return f"{show(read_result('rates.json')['runs'])}\n\n{source('rates.json')}"
 
 
+def methods_table() -> str:
+    """Each method on the same problems: errors on MNIST, memory, steps and time, from four results; empty: not measured."""
+
+    def medians(name: str, **wanted: object) -> dict[str, float]:
+        rows = read_result(name)["rows"]
+        return {row["method"]: row["median"] for row in rows if all(row[key] == value for key, value in wanted.items())}
+
+    runs = read_result("paper.json")["runs"]["mnist"]
+    one = {name: run["last"] for name in runs for run in list(runs[name].values())[:1]}
+    three = medians("windows.json", part="3 hidden, 20 epochs")
+    memory = medians("memory-scaling.json", part="MLP, against hidden layers", metric="activations and gradients, MiB", x=100)
+    steps = medians("step-cpu.json", metric="steps/s", x=10)
+    local = medians("local-mnist.json", part="mnist", x="last epoch")
+    rows = (  # shown, then the names in: paper, windows, local, memory, step
+        ("F3", "f3-default", "f3", "", "f3", "f3triton f3"),
+        ("F3, windows", "f3-windows", "50x2 skip", "", "", ""),
+        ("local errors", "", "", "local", "", ""),
+        ("DFA", "dfa-default", "dfa", "", "dfa", "f3triton dfa"),
+        ("backpropagation", "bp-default", "bp", "backprop", "bp", "f3triton bp"),
+    )
+    sources, forms = (one, three, local, memory, steps), (".2f", ".2f", ".2f", ".0f", ".0f")
+    lines = [
+        [shown, *(f"{found[name]:{form}}" if name else "" for name, found, form in zip(names, sources, forms, strict=True))]
+        for shown, *names in rows
+    ]
+    header = ["", "MNIST, 1 hidden layer, error %", "3 hidden layers, error %", "3 with normalisation, error %"]
+    header += ["activations and gradients, 100 layers, MiB", "steps/s, 10 layers"]
+    files = ("paper.json", "windows.json", "local-mnist.json", "memory-scaling.json", "step-cpu.json")
+    return f"{table(header, lines)}\n\nFrom left to right: {'; '.join(map(source, files))}"
+
+
 def pipeline_table() -> str:
     """Steps a second, the idle part and memory of a worker, at each batch size; and the machine's load."""
     name = "pipeline.json"
@@ -156,6 +187,7 @@ def pipeline_table() -> str:
 
 
 TABLES = {
+    "methods": methods_table,
     "rates": rates_table,
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,
