@@ -10,7 +10,18 @@ import argparse
 import sys
 import time
 
-import torch
+from f3triton.run.options import given, make_parser, make_settings, parse, refuse_what_has_no_effect
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # answers --help and wrong options before torch is imported, which takes seconds
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise
+    print("train.py: error: needs PyTorch, which is not installed: pip install -c constraints.txt -e .", file=sys.stderr)
+    sys.exit(2)
 
 import f3triton as f3
 from f3triton.data.targets import LANGUAGE_MODELING
@@ -21,7 +32,6 @@ from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
-from f3triton.run.options import given, make_settings, parse, refuse_what_has_no_effect
 from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of

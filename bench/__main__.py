@@ -38,6 +38,7 @@ FULL = {
     "local text": ["text", "--data", "{text}"],
     "local tried": ["tried", "--data", "{cifar10}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
+    "rates": ["--mnist", "{mnist}", "--wine", "{wine}"],
     "vit": ["--mnist", "{mnist}"],
     "time_to_accuracy": ["--mnist", "{mnist}"],
     "windows": ["--mnist", "{mnist}"],

@@ -1,4 +1,4 @@
-"""Draw results: `python -m bench.draw bench/results/*.json` writes a PNG beside each of them.
+"""Draw results: `python -m bench.draw` writes a PNG beside each file in `bench/results/`, or beside those that are named.
 
 One panel for each `part` of a result and each metric in it. Where a method has several numbers on the x axis, lines with the
 20th to 80th percentile around them; else bars. An axis is logarithmic where its values are far apart (see
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save, scale_values, short
 
-from .common import where
+from .common import RESULTS, where
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,11 +109,11 @@ def draw(content: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results, *.json")
-    for path in parser.parse_args().files:
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results, *.json; default: all")
+    for path in parser.parse_args().files or sorted(RESULTS.glob("*.json")):
         try:
             draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ModuleNotFoundError) as error:
             print(f"bench.draw: error: cannot draw {str(path)!r}: {error}", file=sys.stderr)
             sys.exit(2)
 

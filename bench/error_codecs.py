@@ -41,7 +41,8 @@ def main() -> None:
     rows = []
     for word in WORDS:
         torch.manual_seed(1)
-        trainer = f3.Trainer(f3.models.MLP([train.in_features, 500, train.outputs]), seed=1, device="cpu", error_dtype=word)
+        model = f3.models.MLP([train.in_features, 500, train.outputs])
+        trainer = f3.Trainer(model, "bce", f3.Adam(lr=5e-4), seed=1, device="cpu", error_dtype=word)
         errors = [record["test_error"] for record in trainer.fit(train, options.epochs, test).history]
         more = {"best": round(min(errors), 4), "bytes_per_sample": make_codec(word, train.outputs, torch.float32).row_bytes}
         rows.append(row(word, "last epoch", "test error, %", errors[-1], part=train.name, **more))

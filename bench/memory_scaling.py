@@ -124,7 +124,9 @@ def scaling(axes: dict, methods: tuple[str, ...], measured: Measured) -> list[di
                 parts = {name: found[name] for name in ("parameters", "feedback", "lasting", "saved", "total")}
                 panel = {"x_name": axis, "part": f"{kind}, against {axis}"}
                 rows.append(row(method, x, "activations and gradients, MiB", found["step"] / MIB, **panel, **parts))
-                if axis in ("hidden layers", "blocks") and found["saved"] >= 0:
+                # of linear layers DFA itself keeps what autograd would
+                counted = found["saved"] >= 0 and (method, axis) != ("dfa", "hidden layers")
+                if axis in ("hidden layers", "blocks") and counted:
                     rows.append(row(method, x, "kept for the way back, MiB", found["saved"] / MIB, **panel))
                 line.append(f"{found['step'] / MIB:.1f}")
             lines.append([method, *line])

@@ -80,7 +80,7 @@ def by_trainer(options: argparse.Namespace, **settings: object) -> tuple[Timed, 
     x, y = samples(options)
     for epochs in (1, options.steps // (len(x) // options.batch)):
         torch.manual_seed(0)
-        trainer = f3.Trainer(f3.models.MLP(sizes(options)), optimizer=ADAM, batch_size=options.batch, device="cpu", **settings)
+        trainer = f3.Trainer(f3.models.MLP(sizes(options)), "bce", ADAM, batch_size=options.batch, device="cpu", **settings)
         data = (x[: 5 * options.batch], y[: 5 * options.batch]) if epochs == 1 else (x, y)
         train = f3.Dataset.from_tensors(*data)
         trainer.check(train, None, epochs, epochs)  # and the stages are measured

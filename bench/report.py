@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from f3triton.run.curves import COLOURS, label_ends, new_figure, plain_axes, save
+from f3triton.run.curves import COLOURS, can_draw, label_ends, new_figure, plain_axes, save
 
 from .common import RESULTS, read_result, table, where
 
@@ -134,6 +134,43 @@ def simulated_table() -> str:
     return "\n\n".join([*tables, source(name)])
 
 
+def rates_table() -> str:
+    from .rates import show
+
+    return f"{show(read_result('rates.json')['runs'])}\n\n{source('rates.json')}"
+
+
+def methods_table() -> str:
+    """Each method on the same problems: errors on MNIST, memory, steps and time, from four results; empty: not measured."""
+
+    def medians(name: str, **wanted: object) -> dict[str, float]:
+        rows = read_result(name)["rows"]
+        return {row["method"]: row["median"] for row in rows if all(row[key] == value for key, value in wanted.items())}
+
+    runs = read_result("paper.json")["runs"]["mnist"]
+    one = {name: run["last"] for name in runs for run in list(runs[name].values())[:1]}
+    three = medians("windows.json", part="3 hidden, 20 epochs")
+    memory = medians("memory-scaling.json", part="MLP, against hidden layers", metric="activations and gradients, MiB", x=100)
+    steps = medians("step-cpu.json", metric="steps/s", x=10)
+    local = medians("local-mnist.json", part="mnist", x="last epoch")
+    rows = (  # shown, then the names in: paper, windows, local, memory, step
+        ("F3", "f3-default", "f3", "", "f3", "f3triton f3"),
+        ("F3, windows", "f3-windows", "50x2 skip", "", "", ""),
+        ("local errors", "", "", "local", "", ""),
+        ("DFA", "dfa-default", "dfa", "", "dfa", "f3triton dfa"),
+        ("backpropagation", "bp-default", "bp", "backprop", "bp", "f3triton bp"),
+    )
+    sources, forms = (one, three, local, memory, steps), (".2f", ".2f", ".2f", ".0f", ".0f")
+    lines = [
+        [shown, *(f"{found[name]:{form}}" if name else "" for name, found, form in zip(names, sources, forms, strict=True))]
+        for shown, *names in rows
+    ]
+    header = ["", "MNIST, 1 hidden layer, error %", "3 hidden layers, error %", "3 with normalisation, error %"]
+    header += ["activations and gradients, 100 layers, MiB", "steps/s, 10 layers"]
+    files = ("paper.json", "windows.json", "local-mnist.json", "memory-scaling.json", "step-cpu.json")
+    return f"{table(header, lines)}\n\nFrom left to right: {'; '.join(map(source, files))}"
+
+
 def pipeline_table() -> str:
     """Steps a second, the idle part and memory of a worker, at each batch size; and the machine's load."""
     name = "pipeline.json"
@@ -152,6 +189,8 @@ def pipeline_table() -> str:
 
 LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
+    "methods": methods_table,
+    "rates": rates_table,
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,
     "error-codecs": codecs_table,
@@ -212,8 +251,8 @@ def draw() -> None:
         "backprop": ("bp-default", grey),
         "DFA": ("dfa-default", red),
         "F3, windows": ("f3-windows", blue),
-        "F3, this library's default": ("f3-default", blue),
-        "F3, the paper's setting": ("f3-error-masked-trinomial", blue),
+        "F3, falling learning rate": ("f3-default", blue),
+        "F3, the best of the paper's four": ("f3-error-masked-trinomial", blue),
         "DRTP": ("drtp-trinomial", grey),
         "last layer only": ("last-layer", grey),
     }
@@ -239,6 +278,8 @@ def main() -> None:
         sys.exit(f"{changed[0].name}: a table is not that of its results; run python -m bench.report" if changed else 0)
     for path in changed:
         path.write_text(made[path], encoding="utf-8")
+    if not can_draw():
+        sys.exit("bench.report: tables are written; error: the picture needs matplotlib (pip install matplotlib)")
     draw()
 
 

@@ -36,7 +36,8 @@ LENGTHS = (2, 5, 10, 20)
 
 def trainer(data: tuple[f3.Dataset, f3.Dataset], settings: dict) -> f3.Trainer:
     torch.manual_seed(1)
-    return f3.Trainer(f3.models.MLP([data[0].in_features, 500, data[0].outputs]), seed=1, device="cpu", **settings)
+    model = f3.models.MLP([data[0].in_features, 500, data[0].outputs])
+    return f3.Trainer(model, "bce", f3.Adam(lr=5e-4), seed=1, device="cpu", **settings)
 
 
 def run(data: tuple[f3.Dataset, f3.Dataset], settings: dict, epochs: int, target: float) -> dict:

@@ -66,7 +66,7 @@ def run(train: f3.Dataset, test: f3.Dataset, hidden: int, epochs: int, seed: int
     torch.manual_seed(seed)
     model = f3.models.MLP([train.in_features, *[500] * hidden, train.outputs])
     others = {key: value for key, value in settings.items() if key != "lr"}
-    result = f3.Trainer(model, optimizer=f3.Adam(lr=settings.get("lr", 5e-4)), seed=seed, **others).fit(train, epochs, test)
+    result = f3.Trainer(model, "bce", f3.Adam(lr=settings.get("lr", 5e-4)), seed=seed, **others).fit(train, epochs, test)
     errors = [record["test_error"] for record in result.history]
     return {
         "hidden": hidden,

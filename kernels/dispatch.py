@@ -15,8 +15,8 @@ import torch
 from . import eager
 from .gpu import tiles
 from .times import Work, measured
+from .words import BACKENDS
 
-BACKENDS = ("auto", "torch", "triton")
 # the precisions of the Triton kernels, and the type of their products
 PRODUCTS = {
     "float32": torch.float32,

@@ -15,12 +15,9 @@ from torch import Tensor
 from .generated import GeneratedFeedback
 from .rounding import parameter_seed, round_stochastic
 from .rules import SGD, Moments, State, Update
+from .words import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
-ACTIVATIONS = ("identity", "tanh", "sigmoid", "relu", "gelu", "gelu-tanh", "silu")
-LOSSES = ("bce", "cross-entropy", "mse")
-LINKS = ("auto", "identity", "sigmoid", "softmax")
 NORM_EPS = 1e-5
-SOURCES = ("delayed-error", "delayed-loss", "target", "current-error", "current-error-sign", "none")
 
 
 def activate(a: Tensor, activation: str) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from f3triton.run import console as console_of
 from f3triton.run.console import Console
 
 RECORD = {"epoch": 7, "train_loss": 0.012345, "train_error": 0.51234, "test_loss": 0.098765, "test_error": 3.2123,
@@ -67,6 +68,17 @@ def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"f3: epoch 10/100  {figures}  (1.0 s)\n"
     Console(True, 100, 1000).record(RECORD)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_says_the_remaining_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the samples of this process: a resumed run has done the others earlier."""
+    now = iter((100.0, 400.0, 400.0))
+    monkeypatch.setattr(console_of.time, "monotonic", lambda: next(now))
+    console = Console(False, 100, 1000, "f3")
+    console.step(5000)
+    for epoch in (90, 100):
+        console.record({**RECORD, "epoch": epoch})
+    assert [line.partition("  (")[2] for line in capsys.readouterr().out.splitlines()] == ["1.0 s, 0:10:00 left)", "1.0 s)"]
 
 
 def test_a_notebook_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,9 @@ def test_a_wide_range_of_positive_values_is_logarithmic(drawn: list) -> None:
     plain = draw(drawn, f3_test=SLOW)
     assert plain.get_yscale() == "linear"
     assert plain.get_ylim()[0] == 0
-    assert draw(drawn, f3_test=[*STEEP, (11, 0.0)]).get_yscale() == "linear"  # zero has no logarithm
+    foot = draw(drawn, f3_test=[*STEEP, (11, 0.0)])  # zero has no logarithm: it is at the foot, and said there
+    assert foot.get_yscale() == "log"
+    assert [text.get_text() for text in foot.texts] == ["0"]
     below = draw(drawn, f3_test=[*STEEP, (11, -3.0)])
     assert below.get_yscale() == "linear"
     assert below.get_ylim()[0] == -3
@@ -91,3 +93,34 @@ def test_every_result_can_be_drawn(path: Path, monkeypatch: pytest.MonkeyPatch) 
     used = {line.get_color() for axes in found[0].axes for line in axes.lines}
     assert len(used & set(curves.COLOURS)) <= 6
     assert all(axes.get_title() for axes in found[0].axes if axes.axison)
+
+
+def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bench import report as bench_report
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["report"])
+    monkeypatch.setattr(bench_report, "documents", list)
+    with pytest.raises(SystemExit, match="the picture needs matplotlib"):
+        bench_report.main()
+    curves.draw_curves(tmp_path / "a.png", "", "", "", {"f3, test": SLOW})
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_results_are_drawn_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list = []
+    monkeypatch.setattr(bench_draw, "draw", lambda content, path: found.append(path.stem))
+    monkeypatch.setattr(sys, "argv", ["draw"])
+    bench_draw.main()
+    assert {"paper", "rates"} <= {*found}
+
+
+def test_an_uphill_angle_is_said() -> None:
+    from types import SimpleNamespace
+
+    from f3triton.run.diagnostics import summary_lines
+
+    stages = [{"angle": 100.0}, {"angle": 20.0}, {"angle": None}]
+    (line,) = summary_lines(SimpleNamespace(records=[{"stages": stages}], warnings=[]))
+    assert line.endswith("100, 20 (above 90 a step goes uphill, as in stage 0)")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import f3triton as f3
-from f3triton.network.feedback import LAWS
+from f3triton.base.words import LAWS
 
 
 def draw(law: str, outputs: int = 3, features: int = 8, seed: int = 0, **settings: object) -> torch.Tensor:

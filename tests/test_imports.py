@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LOWEST = {"base", "kernels"}
 # A room, and the rooms (or single modules of theirs) that it may import beside itself.
 MAY_IMPORT = {
-    "base": set(),
+    "base": {"kernels.words"},
     "kernels": set(),
     "network": LOWEST,
     "error_store": LOWEST,
@@ -108,11 +108,35 @@ f3.Trainer(f3.models.MLP([4, 8, 3]), batch_size=5).fit(data, epochs=1)
 """
 
 
+HELP = """
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try: runpy.run_path("train.py", run_name="__main__")
+except SystemExit: pass
+"""
+WITHOUT_TORCH = """
+import runpy, sys
+sys.meta_path.insert(0, type("Finder", (), {"find_spec": staticmethod(lambda name, *_: no(name) if name == "torch" else None)}))
+def no(name): raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.argv[1:] = []
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 def test_the_kernels_need_torch_and_triton_only() -> None:
     others = ("numpy", "einops", "datasets", "PIL", "safetensors", "tqdm", "matplotlib", "pyarrow", "pandas")
-    found = {name for name in loaded_by("import f3triton.kernels", without=others) if name.startswith("f3triton.")}
+    found = {name for name in loaded_by("from f3triton.kernels import *", without=others) if name.startswith("f3triton.")}
     assert {name for name in found if not f"{name}.".startswith("f3triton.kernels.")} == set()
     assert "f3triton.kernels.reference" in found
+
+
+def test_options_are_known_without_torch() -> None:
+    """So `--help` is there at once, and also where nothing is installed yet; new words of options belong into `base.words`."""
+    others = ("torch", "triton", "numpy", "einops", "datasets", "safetensors", "tqdm")
+    assert "f3triton.run.options" in loaded_by(HELP, without=others)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "train.py: error: needs PyTorch, which is not installed: pip install -c constraints.txt -e .\n"
+    assert done.returncode == 2
 
 
 def test_what_is_not_used_is_not_imported() -> None:

@@ -151,3 +151,11 @@ def test_signature_and_help_of_the_trainer_show_every_setting() -> None:
     assert parameters["batch_size"].default == 50
     for field in FIELDS:
         assert f"- `{field.name}`: {field.metadata['help']}" in f3.Trainer.__doc__
+
+
+@pytest.mark.parametrize(("method", "rate"), [("f3", 3e-3), ("local", 1e-3), ("dfa", 1e-3), ("bp", 1e-3), ("drtp", 5e-4)])
+def test_default_learning_rates_are_those_of_the_method(method: str, rate: float) -> None:
+    assert f3.Settings(method=method).rule == f3.Adam(lr=rate)
+    assert f3.Settings(method=method, optimizer="adamw").rule.lr == rate
+    assert f3.Settings(method=method, optimizer="sgd").rule.lr == 1e-2
+    assert f3.Settings(method=method, lr=0.5).rule.lr == 0.5

@@ -496,3 +496,14 @@ def digits_without(whole: Path, tmp_path: Path) -> Path:
     """A copy of a run, without its checkpoints."""
     shutil.copytree(whole, tmp_path / "without", ignore=shutil.ignore_patterns("checkpoints"))
     return tmp_path / "without"
+
+
+def test_the_report_has_a_line_for_each_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Error, activations and speed of every run, and one line about what comes next."""
+    assert run("--output-dir", tmp_path / "run", "--hidden", "16x2", "--epochs", 1, "--compare") == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("test:"))
+    assert lines[start].split() == ["test:", "wrong", "activations", "steps/s"]
+    found = [re.fullmatch(r"(\w+) +[\d.]+ %  +[\d.]+ KiB  +[\d,]+", line)[1] for line in lines[start + 1 : start + 4]]
+    assert found == ["f3", "local", "bp"]
+    assert [line for line in lines if line.startswith("next: ")] == lines[-1:]

@@ -10,6 +10,7 @@ from torch import nn
 
 from .choices import check_word
 from .exceptions import InputError
+from .words import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ _ALL = (
     Precision("float16", products=torch.float16),
     Precision("bfloat16-weights", torch.bfloat16, torch.bfloat16),
 )
-PRECISIONS = tuple(precision.word for precision in _ALL)
 
 
 def resolve_precision(word: str, device: torch.device, method: str) -> Precision:

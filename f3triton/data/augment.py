@@ -9,7 +9,6 @@ from torch.nn import functional
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed
 
-AUGMENTATIONS = ("none", "shift", "crop-flip")
 SHARE = 8  # an image moves by up to this part of its side
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
+from ..base.words import BUFFER, STATISTICS
 from .columns import Table
 from .dataset import Dataset
 from .load import encode
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1000  # rows that are read at a time; a saved place in a stream is one between chunks
 EXAMPLES = 64  # rows that a `StreamDataset` itself holds
-BUFFER, STATISTICS, TEST_ROWS = 10_000, 10_000, 10_000  # defaults, in rows
+TEST_ROWS = 10_000
 
 
 @dataclass(frozen=True)

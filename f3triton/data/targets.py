@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
+from ..base.words import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION  # noqa: F401
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
 from .tables import UnusableColumnError, moments, standardise
 
-CLASSIFICATION, REGRESSION, LANGUAGE_MODELING = "classification", "regression", "language-modeling"
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
 MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
 

@@ -18,8 +18,6 @@ from ..network.linear import Linear
 from ..network.sequential import Sequential
 from .links import Gone, short
 
-BY = ("auto", "factors", "gradients")
-
 
 class DataParallel:
     """One of `count` replicas, the one of that `number`; see `updater.Replicas`. `by`: one of `BY`; auto sends the fewer

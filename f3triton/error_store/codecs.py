@@ -23,10 +23,11 @@ from torch import Tensor
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.words import ERROR_DTYPES
+from ..base.words import FLOATS as FLOAT_WORDS
 from ..kernels.rounding import random_bits
 
-FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ERROR_DTYPES = (*FLOATS, "int8", "ternary")
+FLOATS = {word: getattr(torch, word) for word in FLOAT_WORDS}
 HALF_MAX = torch.finfo(torch.float16).max
 
 

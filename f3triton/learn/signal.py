@@ -9,11 +9,9 @@ from torch import Tensor
 from ..base.choices import check_word
 from ..base.data import Visit
 from ..base.exceptions import InputError
+from ..base.words import METHODS, SIGNALS
 from ..error_store.store import ErrorStore
-from ..kernels.reference import LINKS, LOSSES, SOURCES
-
-METHODS = ("f3", "drtp", "dfa", "sdfa", "local", "fa", "bp", "last-layer")
-SIGNALS = (*SOURCES, "local-error")
+from ..kernels.words import LINKS, LOSSES
 
 # The signal that each method stands for; `bp` and `fa`, which go backward, have none, and `f3` takes any.
 METHOD_SIGNALS = {

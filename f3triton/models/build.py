@@ -14,38 +14,36 @@ from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.schema import ANYTHING, FINITE, FLAG, Either, Fields, Many, Variant, Whole, Word, check, maybe
 from ..base.text import short
-from ..data.targets import LANGUAGE_MODELING
-from ..kernels.reference import ACTIVATIONS
+from ..base.words import (
+    EMBEDDINGS,
+    FEEDBACK_AT,
+    FEEDBACK_SHAPES,
+    GRANULARITIES,
+    KINDS,
+    LANGUAGE_MODELING,
+    LAYERS,
+    OPTIONS,
+    POOLS,
+)
+from ..kernels.words import ACTIVATIONS
 from ..network.feedback import Feedback
 from ..network.linear import NORMS as LINEAR_NORMS
 from ..network.sequential import Sequential
-from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
 from .convnet import NORMS as CONV_NORMS
 from .convnet import ConvNet
 from .gpt import GPT
 from .mlp import MLP
-from .transformer import GRANULARITIES, NORMS
-from .vit import EMBEDDINGS, POOLS, ViT
+from .transformer import NORMS
+from .vit import ViT
 
-MODELS: dict[str, type[Sequential]] = {"mlp": MLP, "vit": ViT, "convnet": ConvNet, "gpt": GPT}
-# The options that each kind of network has beside `activation`, and their values where they are not given.
-_TRANSFORMER = {"depth": 4, "heads": 8, "dim": 32, "head_dim": None, "mlp_width": 128, "dropout": 0.0, "granularity": "block"}
-_GPT = {"heads": 4, "dim": 128, "mlp_width": None, "tied": False, "feedback_shape": "shared", "feedback_at": "normalised"}
-_VIT = {"patch_size": 7, "embedding": "joint", "position_embedding": False, "pool": "flatten", "norm": "layer"}
-OPTIONS: dict[str, dict[str, object]] = {
-    "mlp": {"hidden": [500, 500], "feedback_shape": "full", "norm": None, "residual": False},
-    "vit": {**_TRANSFORMER, **_VIT, "feedback_shape": "full"},
-    "gpt": {**_TRANSFORMER, **_GPT},
-    "convnet": {"channels": [32], "kernel_size": 5, "hidden": [1000], "feedback_shape": "full", "norm": "none"},
-}
-LAYERS = 1000  # at most: each is made before anything is known of its weights
+MODELS: dict[str, type[Sequential]] = dict(zip(KINDS, (MLP, ViT, ConvNet, GPT), strict=True))
 
 _SIZE, _LAW = Whole(1), Word(FEEDBACK_SHAPES)
 _LOCAL = {
     "reading": Whole(),
     "exits": Fields({"shapes": Many(Many(_SIZE, 1, 3), 0, LAYERS), "outputs": _SIZE, "positions": _SIZE, "depth": Whole()}),
 }
-_ANY = {"model": Word(tuple(MODELS)), "activation": Word(ACTIVATIONS), "feedback_shape": _LAW, **_LOCAL}
+_ANY = {"model": Word(KINDS), "activation": Word(ACTIVATIONS), "feedback_shape": _LAW, **_LOCAL}
 _BLOCKS = {"depth": Whole(1, LAYERS), "heads": _SIZE, "dim": _SIZE, "head_dim": maybe(_SIZE), "mlp_width": maybe(_SIZE),
            "dropout": FINITE, "granularity": Word(GRANULARITIES), **_ANY}  # fmt: skip
 _GPT_HAS = {"tied": FLAG, "feedback_at": Word(FEEDBACK_AT), **_BLOCKS}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import first_weights
-from ..kernels.reference import ACTIVATIONS
+from ..kernels.words import ACTIVATIONS
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.linear import Linear, activate

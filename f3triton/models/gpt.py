@@ -9,12 +9,13 @@ from torch.nn import functional
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import first_weights
+from ..base.words import FEEDBACK_AT
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.linear import Linear
 from ..network.norm import LayerNorm
 from ..network.sequential import Sequential
-from ..network.stage import FEEDBACK_AT, Stage
+from ..network.stage import Stage
 from ..network.updater import Step
 from .transformer import NOT_STORED, TransformerBlock, as_stage
 

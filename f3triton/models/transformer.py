@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.words import GRANULARITIES, TRANSFORMER_NORMS
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.layers import Layers
@@ -15,9 +16,8 @@ from ..network.linear import Linear
 from ..network.norm import LayerNorm, RMSNorm
 from ..network.stage import Stage
 
-GRANULARITIES = ("block", "layer")
 NOT_STORED = ("self", "__class__", "feedback", "seed")  # of a model's arguments: what its description does not have
-NORMS = {"layer": LayerNorm, "rms": RMSNorm, "none": None}
+NORMS = dict(zip(TRANSFORMER_NORMS, (LayerNorm, RMSNorm, None), strict=True))
 
 
 class Attention(nn.Module):

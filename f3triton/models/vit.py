@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import first_weights
+from ..base.words import EMBEDDINGS, POOLS
 from ..network.block import Block
 from ..network.feedback import Feedback
 from ..network.linear import Kept, Linear
@@ -18,9 +19,6 @@ from ..network.sequential import Sequential
 from ..network.stage import not_shared
 from ..network.updater import Step
 from .transformer import NOT_STORED, TransformerBlock, as_stage
-
-EMBEDDINGS = ("joint", "patch")
-POOLS = ("flatten", "mean")
 
 
 class Embedding(nn.Module):

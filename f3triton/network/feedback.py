@@ -12,22 +12,9 @@ from torch import Tensor
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed
+from ..base.words import LAWS
 from ..kernels.generated import GeneratedFeedback
 
-LAWS = (
-    "kaiming",
-    "trinomial",
-    "binomial",
-    "discrete-uniform",
-    "identity-repeat-pm",
-    "identity-repeat",
-    "identity-fill-zero",
-    "kaiming-repeat-line",
-    "constant",
-    "alternate-negative",
-    "chunked-negative",
-    "cartesian-product",
-)
 _ALIASES = {"kaiming-uniform": "kaiming", "kaiming-uniform-repeat-line": "kaiming-repeat-line"}
 _VALUES = {"trinomial": (-1.0, 0.0, 1.0), "binomial": (0.0, 1.0)}
 _TAKES_VALUES = ("discrete-uniform", "cartesian-product")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..kernels import eager
-from ..kernels.reference import ACTIVATIONS
+from ..kernels.words import ACTIVATIONS
 from .feedback import Feedback
 from .stage import Stage
 from .updater import Step

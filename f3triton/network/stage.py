@@ -8,16 +8,12 @@ from torch import Tensor
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.words import FEEDBACK_SHAPES
 from ..kernels import eager
 from ..kernels.generated import GeneratedFeedback
 from .feedback import Feedback
 from .inside import Part
 from .updater import Step
-
-FEEDBACK_SHAPES = ("full", "shared", "generated", "shared-generated")
-
-
-FEEDBACK_AT = ("output", "normalised")
 
 
 def not_shared(feedback_shape: str) -> str:

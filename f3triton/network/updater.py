@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed
+from ..base.words import OPTIMIZERS
 from ..kernels.eager import FUSED_DEVICES
 from ..kernels.generated import GeneratedFeedback
 from ..kernels.rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
-RULES = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
-DEFAULT_LR = {"sgd": 1e-2, "adam": 5e-4, "adamw": 5e-4}
+RULES = dict(zip(OPTIMIZERS, (SGD, Adam, AdamW), strict=True))
 
 Layer = nn.Module  # with `weight [out, in]` and `bias [out]` or None: a Linear of ours, or torch's
 
@@ -36,7 +36,7 @@ def make_rule(name: str | Rule, **settings: object) -> Rule:
     if not isinstance(name, str):
         return name
     name = check_word("optimizer", name, RULES)
-    given = {"lr": DEFAULT_LR[name], **{key: value for key, value in settings.items() if value is not None}}
+    given = {key: value for key, value in settings.items() if value is not None}
     for key in given:
         if key not in RULES[name].__dataclass_fields__:
             raise InputError(f"optimizer {name!r} has no {key!r}; it has: {', '.join(RULES[name].__dataclass_fields__)}")

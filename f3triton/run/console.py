@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
+from datetime import timedelta
 
 from ..base.text import printable
 
@@ -33,7 +35,8 @@ class Console:
     """
 
     def __init__(self, quiet: bool, epochs: int, samples: int, label: str = "", lines: int = 10) -> None:
-        self.quiet, self.epochs = quiet, epochs
+        self.quiet, self.epochs, self.samples = quiet, epochs, samples
+        self.began, self.done = time.monotonic(), 0  # samples since then
         self.every = max(1, epochs // lines)
         self.bar = None
         self.prefix = f"{label}: " if label else ""
@@ -45,6 +48,7 @@ class Console:
 
     def step(self, samples: int) -> None:
         """One step is done."""
+        self.done += samples
         if self.bar is not None:
             self.bar.update(samples)
 
@@ -63,8 +67,11 @@ class Console:
             self.bar.set_postfix_str(", ".join(figures.values()))
         elif record["epoch"] % self.every == 0 or record["epoch"] == self.epochs or self.every == 1:
             text = "  ".join(figures.values())
-            place, seconds = f"{record['epoch']}/{self.epochs}", f"{record['learning_seconds']:.1f} s"
-            tell(f"{self.prefix}epoch {place}  {text}  ({seconds})")
+            place, times = f"{record['epoch']}/{self.epochs}", [f"{record['learning_seconds']:.1f} s"]
+            left = (self.epochs - record["epoch"]) * self.samples
+            if left and self.done:
+                times.append(f"{timedelta(seconds=round((time.monotonic() - self.began) / self.done * left))} left")
+            tell(f"{self.prefix}epoch {place}  {text}  ({', '.join(times)})")
 
     def __enter__(self) -> Console:
         return self

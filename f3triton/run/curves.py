@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -46,18 +47,28 @@ def is_wide(values: Iterable[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def scale_values(axes: Axes, which: str, values: Iterable[float], log: bool = False) -> None:
-    """Scale the axis `which` (x or y) for values: logarithmic where they are wide, or with `log`; else from 0."""
+    """Scale the axis `which` (x or y) for values: logarithmic where they are wide, or with `log`; else from 0. Zeros, which
+    have no logarithm, are then at its foot.
+    """
     values = list(values)
-    if log or is_wide(values):
+    above = [value for value in values if value > 0]
+    if above and (log or (min(values) >= 0 and is_wide(above))):
         from matplotlib.ticker import LogLocator, NullFormatter
 
         axes.set(**{f"{which}scale": "log"})
         axis = getattr(axes, f"{which}axis")
-        far = max(values) / min(values)
+        far = max(above) / min(above)
         within = (1,) if far > CROWDED[which] else (1, 2, 5) if far > 10 else (1, 1.5, 2, 3, 5, 7)
         axis.set_major_locator(LogLocator(subs=within))
-        axis.set_major_formatter("{x:g}")
+        axis.set_major_formatter(lambda value, _: short(value))
+        if len(above) < len(values):
+            axes.set(**{f"{which}lim": (min(above) / 1.5, 1.3 * max(above))})
         axis.set_minor_formatter(NullFormatter())
     else:
         axes.set(**{f"{which}lim": (min([0, *values]), 1.05 * max([0, *values]) or 1)})
@@ -79,7 +90,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
     """Write the y of each last point `(x, y, colour)` as a number: beside the axes, where what would touch is moved apart, and
     at the point itself where the line ends long before.
     """
-    axes.get_ylim()  # makes the scale final
+    foot = axes.get_ylim()[0]  # and the scale is final; a zero on a logarithmic axis is there
     pixels = axes.figure.dpi / 72  # of a point
     (left, bottom), (right, _) = axes.transAxes.transform([(0, 0), (1, 1)]) / pixels
     groups: list[list[tuple[float, float, str]]] = []  # (height in points, y, colour), one group above the other
@@ -89,9 +100,9 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
 
     style = {"textcoords": "offset points", "fontsize": 8, "va": "center", "annotation_clip": False}
     for x, y, colour in sorted(ends, key=lambda end: end[1]):
-        across, height = axes.transData.transform((x, y)) / pixels
+        across, height = axes.transData.transform((x, max(y, foot))) / pixels
         if across - left < 0.9 * (right - left):
-            axes.annotate(short(y), (x, y), xytext=(6, 0), color=colour, **style)
+            axes.annotate(short(y), (x, max(y, foot)), xytext=(6, 0), color=colour, **style)
             continue
         groups.append([(height, y, colour)])
         while len(groups) > 1 and middle(groups[-1]) - middle(groups[-2]) < APART * (len(groups[-1]) + len(groups[-2])) / 2:
@@ -100,18 +111,18 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
         for number, (height, y, colour) in enumerate(group):
             place = middle(group) + APART * (number - (len(group) - 1) / 2)
             at = {"xycoords": ("axes fraction", "data"), "xytext": (4, place - height)}
-            axes.annotate(short(y), (1, y), color=colour, **at, **style)
+            axes.annotate(short(y), (1, max(y, foot)), color=colour, **at, **style)
 
 
 def draw_curves(path: Path, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
     """Draw curves `[(x, y), ...]` named `method, part` into a PNG at `path`: a colour for each method, dotted lines for the
     part `train`. Points that are not finite are left out.
 
-    Writes nothing if there is no point at all. Raises OSError where the file cannot be written.
+    Writes nothing if there is no point at all, or no matplotlib. Raises OSError where the file cannot be written.
     """
     finite = {name: [(x, y) for x, y in curve if math.isfinite(x) and math.isfinite(y)] for name, curve in curves.items()}
     finite = {name: curve for name, curve in finite.items() if curve}
-    if not finite:
+    if not finite or not can_draw():
         return
     from matplotlib.ticker import MaxNLocator
 

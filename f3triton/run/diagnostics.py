@@ -38,7 +38,7 @@ from ..learn.step import Learner
 from ..network.head import Head
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from .curves import FEW, new_figure, plain_axes, save, scale_values
+from .curves import FEW, can_draw, new_figure, plain_axes, save, scale_values
 from .folder import _named, json_text
 from .trainer import Trainer
 
@@ -269,7 +269,7 @@ def _staleness(stored: Tensor, present: Tensor) -> dict[str, float]:
 
 
 PANELS = {
-    "angle": "angle of the update to the true gradient, degrees",
+    "angle": "angle of the update to the true gradient; above 90 degrees a step goes uphill",
     "weights_angle": "angle of -B to the weights behind it, degrees",
     "norm_ratio": "norm of the update over that of the gradient",
     "rank": "effective rank of the error signal",
@@ -281,7 +281,7 @@ PANELS = {
 
 def draw(records: list[Record], path: Path) -> None:
     """A panel for each figure, a line for each stage, the darkest the first; nothing where there are no records."""
-    if not records:
+    if not records or not can_draw():
         return
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -328,7 +328,11 @@ def summary_lines(diagnostics: Diagnostics) -> list[str]:
         return []
     last = diagnostics.records[-1]
     angles = [f"{s['angle']:.0f}" for s in last["stages"] if s.get("angle") is not None]
-    lines = [f"angle of the update to the true gradient, by stage, degrees: {', '.join(angles)}"] if angles else []
+    uphill = [str(number) for number, s in enumerate(last["stages"]) if (s.get("angle") or 0) > 90]
+    told = f" (above 90 a step goes uphill, as in stage {', '.join(uphill)})" if uphill else " (below 90: downhill)"
+    lines = [f"angle of the update to the true gradient, by stage, degrees: {', '.join(angles)}{told}"] if angles else []
+    if not can_draw():
+        lines.append("no pictures were written: they need matplotlib (pip install matplotlib)")
     reads = [
         f"{s['readable']:.1f}" + (f" ({s['adds']:+.1f})" if "adds" in s else "") for s in last["stages"] if "readable" in s
     ]

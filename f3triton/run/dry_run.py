@@ -27,7 +27,7 @@ def dry_run(
     if isinstance(data[0], StreamDataset):
         check_stream(data[0], settings.windows)
     error_bytes, line = _errors(options, settings, data[0])
-    budget = _budget(settings, network, data, error_bytes)
+    budget = budget_of(settings, network, data, error_bytes)
     steps = options.epochs * steps_per_epoch(len(data[0]), settings.batch_size, settings.windows)
     visits = f"steps {steps:,}, of {settings.batch_size} sample visits each, in {options.epochs:,} epochs"
     return [*describe(budget), line, visits]
@@ -50,7 +50,7 @@ def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset)
     return 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
 
 
-def _budget(settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset], error_bytes: int) -> Budget:
+def budget_of(settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset], error_bytes: int = 0) -> Budget:
     """The budget by arithmetic; of the network only the shapes are made."""
     train_set, signal = data[0], settings.resolved_signal
     batch = torch.zeros(min(settings.batch_size, len(train_set)), dtype=torch.int64, device=train_set.device)

@@ -21,7 +21,7 @@ from ..base.files import check_tensors, read_object
 from ..base.schema import ANYTHING, Fields, Word, check
 from ..base.text import short
 from ..data.preprocessing import PREPROCESSING
-from ..kernels.reference import LOSSES
+from ..kernels.words import LOSSES
 from ..models.build import NETWORK, build
 from ..network.sequential import Sequential
 from .checkpoint import save_tensors

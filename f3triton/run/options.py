@@ -1,6 +1,7 @@
 """The command line of `train.py`: its options, their defaults from a recipe or an earlier run, and which have no effect.
 
 Options that are settings of the training come from the fields of `Settings`; the others are of the data, the network, the run.
+All are known without torch, which is imported by what looks at the values.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from typing import NoReturn
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
 from ..base.text import printable
-from ..data.streams import BUFFER, STATISTICS
-from ..data.targets import LANGUAGE_MODELING
-from ..error_store import is_folder
-from ..kernels.reference import ACTIVATIONS
-from ..learn.signal import resolve_signal
-from ..models.build import LAYERS, MODELS, OPTIONS
-from ..models.transformer import GRANULARITIES, NORMS
-from ..models.vit import EMBEDDINGS, POOLS
-from ..network.feedback import LAWS
-from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
+from ..base.words import (
+    BUFFER,
+    DEFAULT_VISITS,
+    EMBEDDINGS,
+    FEEDBACK_AT,
+    FEEDBACK_SHAPES,
+    GRANULARITIES,
+    KINDS,
+    LANGUAGE_MODELING,
+    LAWS,
+    LAYERS,
+    OPTIONS,
+    POOLS,
+    STATISTICS,
+    TEMPERATURE,
+    TOKENS,
+    TRANSFORMER_NORMS,
+)
+from ..kernels.words import ACTIVATIONS
 from ..recipes import read_recipe, recipe_names, split_name
-from ..visits.windows import DEFAULT_VISITS
-from .folder import read_json
-from .samples import TEMPERATURE, TOKENS
 from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
@@ -149,7 +156,7 @@ def _own(option: str) -> str:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", choices=tuple(MODELS), help="kind of network; default: mlp, with --text gpt")
+    add("--model", choices=KINDS, help="kind of network; default: mlp, with --text gpt")
     add("--activation", choices=ACTIVATIONS, help="activation of the hidden layers; default: tanh, gelu (gpt)")
     units = f"units of each hidden layer of an mlp or convnet, 500x3 for three of 500{_own('hidden')}"
     add("--hidden", type=layer_sizes, nargs="+", metavar="N", help=units)
@@ -163,7 +170,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     dropped = f"share of attention weights and units that a transformer drops while it learns{_own('dropout')}"
     add("--dropout", type=float, metavar="P", help=dropped)
     norm = "normalisation in a vit's blocks, after an mlp's activations (layer or none), or a convnet's convolutions (batch)"
-    words = tuple(dict.fromkeys([*NORMS, "batch"]))
+    words = tuple(dict.fromkeys([*TRANSFORMER_NORMS, "batch"]))
     add("--norm", choices=words, help=f"{norm}; default: layer (vit), none (mlp, convnet), layer (mlp with --method local)")
     add("--residual", action="store_true", default=None, help="add an mlp layer's input to its output, where sizes are equal")
     add("--tied", action="store_true", default=None, help="make the weight of a gpt's head its tokens' embedding too")
@@ -265,6 +272,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         options = parser.parse_args(arguments)
         options.dataset = options.dataset or read_recipe(name).data.get("dataset")
     if options.resume not in (None, "auto"):
+        from .folder import read_json
+
         stored = vars(from_json(read_json(Path(options.resume).expanduser(), "config.json").get("options")))
         here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
         parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume})
@@ -291,6 +300,8 @@ def make_settings(options: argparse.Namespace) -> Settings:
 
 def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> None:
     """An option that the method or the data does not use is an error, not a silent nothing."""
+    from ..learn.signal import resolve_signal
+
     signal = resolve_signal(options.method, options.signal)
     feedback = {"--feedback", "--feedback-values", "--feedback-scale", "--feedback-shape", "--feedback-at"}
     idle = {"--hidden-scale", "--link", "--mask-target", "--error-rank", *feedback}
@@ -336,6 +347,8 @@ def _refuse(options: argparse.Namespace, names: tuple[str, ...], where: str) -> 
 
 def to_json(options: argparse.Namespace) -> dict[str, object]:
     """The options of a run, in which the names of local files and folders do not depend on where the run was started."""
+    from ..error_store import is_folder
+
     found = dict(vars(options)) | {"resume": None, "overwrite": False}
     for name in ("dataset", "tokenizer", "text"):
         value = found[name]

@@ -10,8 +10,9 @@ import torch
 from ..base.exceptions import InputError
 from ..base.memory import available_memory
 from ..base.text import readable_bytes
+from ..base.words import OPTIONS
 from ..data import Dataset, Preprocessing, load_dataset, load_text, stream_dataset
-from ..models.build import OPTIONS, build, describe
+from ..models.build import build, describe
 from ..network.feedback import Feedback
 from ..network.sequential import Sequential
 from ..recipes import open_data, read_recipe, split_name

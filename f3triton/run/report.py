@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ..base.text import readable_bytes
 from ..error_store import Codec
 from .folder import RunFolder
+
+# What is shown of a run, by its key in a summary: its name and form; else bits per character, byte or token.
+FIGURES = {"test_error": ("wrong", "{:.2f} %"), "test_mse": ("squared error", "{:.4f}")}
 
 
 def title_of(network: Mapping[str, object]) -> str:
@@ -26,37 +29,41 @@ def store_line(home: str, samples: int, codec: Codec) -> str:
 
 def report(summary: Mapping[str, object], folder: RunFolder, targets: tuple[str, ...]) -> list[str]:
     """The result of a run from its `summary.json`, the comparison if there was one, and what to try next."""
-    others, lines = summary.get("comparison", []), []
-    same = " (same network, seed, order and learning rate)"
-
-    def beside(show: Callable[[Mapping[str, object]], str], note: str = "") -> str:
-        return "".join(f"; {other['method']}: {show(other)}" for other in others) + (note if others else "")
-
-    if summary.get("test_error") is not None:
-        lines.append(f"{summary['method']}: {100 - summary['test_error']:.2f} % of the test samples right")
-        lines[-1] += beside(lambda other: f"{100 - other['test_error']:.2f} %", same)
-    elif summary.get("test_mse") is not None:
+    runs = [summary, *summary.get("comparison", [])]
+    found = next((key for key in summary if key in FIGURES or key.startswith("test_bits_per_")), None)
+    lines = []
+    if found is not None and summary[found] is not None:
+        name, shown = FIGURES.get(found, (found.removeprefix("test_").replace("_", " "), "{:.4f}"))
+        rows = [("test:", name, "activations", "steps/s")]
+        for run in runs:
+            size, speed = run["activation_bytes"], run["steps_per_second"]
+            rows.append(
+                (run["method"], shown.format(run[found]), "" if size is None else readable_bytes(size), f"{speed or 0:,.0f}")
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += [
+            f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        ]
+    if summary.get("test_mse") is not None:
         own = ", ".join(f"{name} {summary['test_mse_in_units'][name]:.4g}" for name in targets)
-        lines.append(f"{summary['method']}: test MSE {summary['test_mse']:.4f} (in the target's own units: {own})")
-        lines[-1] += beside(lambda other: f"{other['test_mse']:.4f}")
-    bits = next((key for key in summary if key.startswith("test_bits_per_")), None)
-    if bits is not None:
-        unit = bits.removeprefix("test_bits_per_")
-        nats = f"{summary['test_loss']:.4f} nats, perplexity {summary['test_perplexity']:.2f}"
-        lines.append(f"{summary['method']}: {summary[bits]:.4f} bits per {unit} of the test text ({nats})")
-        lines[-1] += beside(lambda other: f"{other[bits]:.4f}", same)
+        lines.append(f"the mean squared error of {summary['method']} in the target's own units: {own}")
+    if summary.get("test_perplexity") is not None:
+        lines.append(
+            f"{summary['method']}: {summary['test_loss']:.4f} nats a token, perplexity {summary['test_perplexity']:.2f}"
+        )
     if summary.get("exits"):
         answers = ", ".join(
             f"{'the mean' if place == 'mean' else place} {value:.4g}" for place, value in summary["exits"].items()
         )
         lines.append(f"by the stage that answers (f3.load(..., exit=K), --evaluate RUN --exit K): {answers}")
-    if summary["steps_per_second"]:
-        lines.append("; ".join(f"{run['method']}: {run['steps_per_second']:,.0f} steps/s" for run in (summary, *others)))
     lines.append(f"written to {folder.path}: summary.json, metrics.jsonl, curves.png, model.safetensors, config.json")
-    if others and bits is None:
-        lines += [
-            "next: python train.py --method local --lr 2e-3  errors of each layer's own, no delay: docs/local.md",
-            "      python train.py --method drtp --compare  another method; also dfa, sdfa, last-layer",
-            "      python train.py --dataset ylecun/mnist   any Hugging Face data set, or your own folder or file",
-        ]
+    if len(runs) > 1 and summary["task"] != "language-modeling":
+        bundled = summary["dataset"] == "digits"
+        own = (
+            "on your data: python train.py --compare --dataset data.csv (or a folder, a hub name)"
+            if bundled
+            else "--method local"
+        )
+        lines.append(f"next: {own}; --hidden 500x10, deeper at the same activations of f3; which method when: docs/methods.md")
     return lines

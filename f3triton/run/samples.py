@@ -6,11 +6,10 @@ import argparse
 
 from ..base.device import pick_device
 from ..base.exceptions import InputError
+from ..base.words import TEMPERATURE, TOKENS
 from ..data import Dataset
 from ..network.sequential import Sequential
 from .predictor import Predictor, load
-
-TOKENS, TEMPERATURE = 300, 0.8  # of a sample, where nothing else is asked for
 
 
 def sample_run(options: argparse.Namespace, typed: set[str]) -> str:

@@ -1,7 +1,8 @@
 """Settings: everything that decides how a network is trained, written once.
 
 A field of `Settings` is a keyword of `Trainer`, an option of `train.py` with its help, an entry in `config.json`, and one in
-checkpoints. So a new setting is one new field, and the place that uses it.
+checkpoints. So a new setting is one new field, and the place that uses it. Nothing here imports torch before settings are made,
+so that `train.py --help` is there at once: words are those of `base.words`.
 """
 
 from __future__ import annotations
@@ -13,28 +14,38 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..base.choices import check_word
-from ..base.device import pick_device
 from ..base.exceptions import InputError
-from ..base.precision import PRECISIONS, Precision, resolve_precision
-from ..base.seeds import check_seed
-from ..data.augment import AUGMENTATIONS
-from ..distributed.mesh import parse_pipeline
-from ..distributed.replicas import BY
-from ..error_store import is_folder
-from ..error_store.codecs import ERROR_DTYPES, check_error_dtype
-from ..kernels.dispatch import BACKENDS, Choice, choose
-from ..kernels.reference import LINKS, LOSSES
-from ..kernels.rules import Rule
-from ..kernels.times import Work
-from ..learn.signal import METHODS, SIGNALS, Signal, resolve_signal
-from ..network.updater import RULES, make_rule
-from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS, Windows, resolve_windows
+from ..base.words import (
+    AUGMENTATIONS,
+    AUTO_BATCHES,
+    BY,
+    DEFAULT_VISITS,
+    ERROR_DTYPES,
+    FIRST_VISITS,
+    METHODS,
+    OPTIMIZERS,
+    ORDERS,
+    PRECISIONS,
+    RATES,
+    SIGNALS,
+)
+from ..kernels.words import BACKENDS, LINKS, LOSSES
 from .schedule import SCHEDULES, make_schedule
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..base.precision import Precision
+    from ..kernels.dispatch import Choice
+    from ..kernels.rules import Rule
+    from ..kernels.times import Work
+    from ..learn.signal import Signal
+    from ..visits.windows import Windows
+
+RATES_SAID = f"{', '.join(f'{rate:g} for {method}' for method, rate in RATES.items())}; with sgd 0.01"
 SWITCH = ("auto", "on", "off")
 LOCAL_HEADS = ("auto", "own", "shared")
 LOCAL_FEEDBACK = ("head", "random")
@@ -121,10 +132,10 @@ class Settings:
 
     loss: str = field(default="auto", metadata=about("training", choices=("auto", *LOSSES), help=
         "loss of the output; auto: bce for classification, mse for regression, cross-entropy for text"))
-    optimizer: str | Rule = field(default="adam", metadata=about("training", choices=RULES, within="rule", help=
+    optimizer: str | Rule = field(default="adam", metadata=about("training", choices=OPTIMIZERS, within="rule", help=
         "update rule"))
     lr: float | None = field(default=None, metadata=about("training", parse=float, metavar="RATE", within="rule", help=
-        "learning rate; default: 5e-4 for adam and adamw, 1e-2 for sgd"))
+        f"learning rate; default: {RATES_SAID}"))
     momentum: float | None = field(default=None, metadata=about("training", parse=float, metavar="M", within="rule", help=
         "momentum of sgd; default: 0"))
     nesterov: bool = field(default=False, metadata=about("training", within="rule", help=
@@ -178,6 +189,10 @@ class Settings:
     # fmt: on
 
     def __post_init__(self) -> None:
+        from ..base.seeds import check_seed
+        from ..error_store.codecs import check_error_dtype
+        from ..kernels.rules import Rule
+
         for one in fields(self):
             value, choices = getattr(self, one.name), one.metadata["choices"]
             if choices is None or isinstance(value, Rule) or (value is None and one.default is None):
@@ -224,6 +239,9 @@ class Settings:
             raise InputError("local feedback 'random' needs heads of the stages' own, without stages in front of them")
 
     def _check_workers(self) -> None:
+        from ..distributed.mesh import parse_pipeline
+        from ..error_store import is_folder
+
         workers, _ = parse_pipeline(self.pipeline)
         if not isinstance(self.data_parallel, int) or self.data_parallel < 1:
             raise InputError(f"data parallel must be a whole number of at least 1, got {self.data_parallel!r}")
@@ -267,6 +285,8 @@ class Settings:
     @cached_property
     def resolved_signal(self) -> Signal | None:
         """What teaches the hidden layers; None for backpropagation and feedback alignment."""
+        from ..learn.signal import resolve_signal
+
         return resolve_signal(self.method, self.signal, self.link, self.mask_target)
 
     @property
@@ -277,15 +297,21 @@ class Settings:
     @cached_property
     def rule(self) -> Rule:
         """The update rule."""
+        from ..network.updater import make_rule
+
         own = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov or None, "weight_decay": self.weight_decay}
         for name, value in own.items():
             if value is not None and not isinstance(self.optimizer, str):
                 raise InputError(f"{name} {value!r} has no effect with the optimizer {self.optimizer}; leave it out")
+        if self.lr is None and self.optimizer in ("adam", "adamw"):
+            own["lr"] = RATES.get(self.method, RATES["others"])
         return make_rule(self.optimizer, **own)
 
     @cached_property
     def windows(self) -> Windows | None:
         """The windows in which samples are visited; None where they are not."""
+        from ..visits.windows import resolve_windows
+
         return resolve_windows(
             self.window, self.visits, self.first_visit, self.batch_size, self.keeps_errors, self.window_order
         )
@@ -293,11 +319,15 @@ class Settings:
     @cached_property
     def resolved_device(self) -> torch.device:
         """The device, with its number."""
+        from ..base.device import pick_device
+
         return pick_device(self.device)
 
     @cached_property
     def types(self) -> Precision:
         """The types of parameters and products."""
+        from ..base.precision import resolve_precision
+
         return resolve_precision(self.precision, self.resolved_device, self.method)
 
     def choose(self, work: Sequence[Work] = ()) -> Choice:
@@ -305,6 +335,8 @@ class Settings:
 
         Raises InputError where they cannot run.
         """
+        from ..kernels.dispatch import choose
+
         try:
             return choose(self.backend, self.resolved_device, self.precision, work)
         except ValueError as error:

@@ -14,6 +14,7 @@ from ..data import Dataset
 from ..data.identity import digest
 from ..data.targets import LANGUAGE_MODELING
 from .console import shown
+from .dry_run import budget_of
 from .folder import RunFolder
 from .result import FitResult
 from .trainer import Trainer
@@ -24,7 +25,8 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
 
     `test_error` is in percent wrong, `test_mse` in units of the training targets' variance, `test_mse_in_units` in the
     targets' own, the loss of a text in nats a token; `seconds` is the whole run's, `steps_per_second` counts the time of
-    learning only; `peak_memory_bytes` is the device's where it is a GPU, else the whole process's.
+    learning only; `peak_memory_bytes` is the device's where it is a GPU, else the whole process's; `activation_bytes` is what a
+    step's activations need by arithmetic, as in `--dry-run`.
     """
     last = result.history[-1] if result.history else {}
     figure = {"classification": "test_error", "regression": "test_mse"}.get(train.task, "test_loss")
@@ -53,6 +55,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         "seconds": round(seconds, 3),
         "steps_per_second": round(result.steps / result.learning_seconds, 1) if result.learning_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(trainer.device),
+        "activation_bytes": budget_of(trainer.settings, trainer.model.config(), (train, test)).memory["activations"],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seed": trainer.seed,
         "device": device_name(trainer.device),
@@ -86,7 +89,7 @@ def write_summary(
     for other in others:
         runs[other.method] = other.result.history
         against = summarise(other, *data, other.result, other.result.learning_seconds)
-        wanted = ("method", *shown(against), "steps_per_second")
+        wanted = ("method", *shown(against), "steps_per_second", "activation_bytes")
         found = {key: against[key] for key in wanted if not key.startswith("train")}
         summary.setdefault("comparison", []).append(found)
     folder.mend(None if trainer.result.status == "diverged" else trainer.model)

@@ -23,12 +23,9 @@ from ..base.choices import check_word
 from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
+from ..base.words import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS
 
-ORDERS = ("one", "turns")
-FIRST_VISITS = ("skip", "target", "stale")
 TEACHES = {"skip": "nothing", "target": "target", "stale": "signal"}  # a window's first visit: see `Visit`
-DEFAULT_VISITS = 5
-AUTO_BATCHES = 10  # a window's size in batches, for `auto`
 
 
 @dataclass(frozen=True)
