@@ -33,6 +33,7 @@ from f3triton.distributed.links import Packet, pack, unpack
 from f3triton.distributed.ring import Needs
 from f3triton.distributed.split import best_split, milliseconds, parts_of
 from f3triton.kernels import eager
+from f3triton.learn.peers import BackpropLearner
 from f3triton.learn.signal import Signal
 from f3triton.learn.step import F3Learner
 from f3triton.network.updater import Arithmetic
@@ -249,6 +250,9 @@ def test_times_are_told() -> None:
     trainer = f3.Trainer(network("mlp"), batch_size=8, device="cpu", pipeline="threads:2", pipeline_split=[1, 3])
     result = trainer.fit(data("mlp"), 3)
     assert [one["stages"] for one in result.workers] == [1, 3]
+    alone = f3.Trainer(network("mlp"), batch_size=8, device="cpu", pipeline="auto", pipeline_split=[1, 3])
+    with pytest.raises(f3.InputError, match=r"split \[1, 3\] is for 2 workers, and pipeline 'auto' is one here; start"):
+        alone.fit(data("mlp"), 1)
     assert all(one["busy_ms"] > 0 and one["waiting_ms"] >= 0 for one in result.workers)
     lines = trainer.describe_workers()
     assert lines[0] == "pipeline of 2 threads: 1, 3 stages"
@@ -362,6 +366,56 @@ def test_replicas_by_gradients_agree_to_rounding(method: str, tmp_path: Path) ->
     assert first["weights"] == second["weights"]
     for mine, its in zip(one["records"], first["records"], strict=True):
         assert its["test_loss"] == pytest.approx(mine["test_loss"], rel=1e-9)
+
+
+@contextlib.contextmanager
+def visiting(steps: int, what: Callable[[], None]) -> None:
+    """Call `what` where backpropagation, or F3, begins that step."""
+
+    def wrapped(original: Callable) -> Callable:
+        def visit(self: object, *arguments: object) -> object:
+            if (self.steps if isinstance(self, BackpropLearner) else self.updater.number) + 1 == steps:
+                what()
+            return original(self, *arguments)
+
+        return visit
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (BackpropLearner, F3Learner):
+            patch.setattr(kind, "visit", wrapped(kind.visit))
+        yield
+
+
+@forks
+@pytest.mark.parametrize("method", ["f3", "bp"])
+def test_a_lost_replica_ends_the_others_in_one_line(method: str, tmp_path: Path) -> None:
+    def work(rank: int) -> object:
+        with visiting(7, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank else None):
+            return train(tmp_path / method, "off", method=method, data_parallel=2)
+
+    assert together(2, work, tmp_path) == [1, -signal.SIGKILL]
+    assert (tmp_path / "0.log").read_text().startswith("Gone: another replica is gone (")
+
+
+@forks
+@pytest.mark.parametrize("pipeline", ["off", 2])
+def test_replicas_are_interrupted_after_the_same_step(pipeline: int | str, tmp_path: Path) -> None:
+    choices = {"data_parallel_by": "factors", "batch_size": 16}
+    one = train(tmp_path / "one", "off", batch_size=16)
+    count = 2 if pipeline == "off" else 4
+
+    def work(rank: int) -> object:
+        asked = (lambda: signal.raise_signal(signal.SIGINT)) if rank == count // 2 else lambda: None
+        with stopping_at(12, asked):  # in the second replica
+            return train(tmp_path / "two", pipeline, data_parallel=2, **choices)
+
+    assert together(count, work, tmp_path) == [0] * count, said(tmp_path, count)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
+    assert {each["status"] for each in found} == {"interrupted"}
+    assert {each["records"][-1]["step"] for each in found} == {13}
+    assert len({each["weights"] for each in found}) == 1
+    assert "step-000000000013" in found[0]["checkpoints"]
+    assert train(tmp_path / "two", "off", batch_size=16)["weights"] == one["weights"]
 
 
 def killed(folder: Path, workers: int, victim: int, steps: int) -> list[int]:

@@ -70,7 +70,8 @@ def test_two_processes_are_told_what_to_say(tmp_path: Path) -> None:
     assert "train.py: error: pipeline 3 needs 3 processes, got 2" in said
 
 
-LONG = [*SMALL[:-1], "100000", "--eval-every", "1000", "--checkpoint-every", "20", "--pipeline", "auto", "--output-dir", "run"]
+LONG = [*SMALL[:-1], "100000", "--eval-every", "1000", "--checkpoint-every", "20", "--output-dir", "run", "--quiet"]
+PIPELINE, REPLICAS = ["--pipeline", "auto"], ["--data-parallel", "2"]
 
 
 def until_checkpoints(folder: Path, process: subprocess.Popen) -> None:
@@ -100,7 +101,7 @@ def children(process: subprocess.Popen) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_worker_that_is_killed(rank: int, tmp_path: Path) -> None:
-    process = start(tmp_path, 3, *LONG, "--quiet")
+    process = start(tmp_path, 3, *LONG, *PIPELINE)
     until_checkpoints(tmp_path, process)
     os.kill(children(process)[rank], signal.SIGKILL)
     began = time.monotonic()
@@ -112,9 +113,24 @@ def test_a_worker_that_is_killed(rank: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("method", ["f3", "bp"])
+def test_a_replica_that_is_killed(method: str, tmp_path: Path) -> None:
+    process = start(tmp_path, 2, *LONG, *REPLICAS, "--method", method)
+    until_checkpoints(tmp_path, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert said.count("train.py: error: ") == 1
+    assert "train.py: error: another replica is gone (" in said
+    assert said.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [PIPELINE, REPLICAS], ids=["pipeline", "replicas"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop(number: int, tmp_path: Path) -> None:
-    process = start(tmp_path, 2, *LONG, "--quiet")
+def test_a_run_that_is_asked_to_stop(number: int, workers: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, 2, *LONG, *workers)
     until_checkpoints(tmp_path, process)
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]

@@ -12,6 +12,8 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -205,6 +207,17 @@ class GlooReceiver:
     def close(self) -> None:
         """See `Receiver`. A thread that is still on its way out of torch when Python ends would abort the process."""
         self.thread.join()
+
+
+@contextmanager
+def watching(who: str) -> Iterator[None]:
+    """Inside, what gloo says of a lost connection to `who` raises Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise Gone(f"{who} is gone ({short(error)})") from None
 
 
 def short(error: Exception) -> str:

@@ -55,6 +55,11 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
             {name.replace("_", " "): str(value) for name, value in (facts | own).items()} | {"first weights": digest(model)},
         )
     if seat.workers == 1:
+        if trainer.settings.split is not None:
+            raise InputError(
+                f"pipeline split {trainer.settings.pipeline_split!r} is for {len(trainer.settings.split)} workers, and pipeline "
+                f"{trainer.settings.pipeline!r} is one here; start as many by torchrun --nproc-per-node, or leave the split out"
+            )
         return None
     last = 2 if signal_.local and len(model) > 1 else 1
     if seat.workers + last - 1 > len(model):
