@@ -57,13 +57,16 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
     if seat.workers == 1:
         if trainer.settings.split is not None:
             raise InputError(
-                f"pipeline split {trainer.settings.pipeline_split!r} is for {len(trainer.settings.split)} workers, and pipeline "
-                f"{trainer.settings.pipeline!r} is one here; start as many by torchrun --nproc-per-node, or leave the split out"
+                f"pipeline split {trainer.settings.pipeline_split!r} is for {len(trainer.settings.split)} workers, and there "
+                "is one; start as many by torchrun --nproc-per-node, or leave the split out"
             )
         return None
+    # By local errors the last hidden stage learns with the output, and stages that nobody reads with the one behind them.
     last = 2 if signal_.local and len(model) > 1 else 1
-    if seat.workers + last - 1 > len(model):
-        least = " (the last one needs two of them)" * (last - 1)
+    first = model.unread + 1 if signal_.local else 1
+    if seat.workers + first - 1 + last - 1 > len(model):
+        needs = [f"the {which} one needs {n} of them" for which, n in (("first", first), ("last", last)) if n > 1]
+        least = f" ({', '.join(needs)})" * bool(needs)
         raise InputError(f"a pipeline of {seat.workers} workers needs as many stages{least}, and the network has {len(model)}")
     if any(stage.tied for stage in model.stages):
         raise InputError(
@@ -71,17 +74,15 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
         )
     if model.reading:
         raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
-    if signal_.local and model.unread:
-        raise InputError("an embedding learns with the stage behind it from local errors; a pipeline needs another method")
     if trainer.settings.split is not None:
-        check_split(trainer.settings.split, seat.workers, len(model), last)
+        check_split(trainer.settings.split, seat.workers, len(model), first, last)
         return trainer.settings.split
     costs = []
     if seat.writes:
         costs = measured(trainer, plan)
     costs = exchange(seat, costs)[0]
     trainer.stage_milliseconds = costs
-    return best_split(costs, seat.workers, last)
+    return best_split(costs, seat.workers, first, last)
 
 
 def measured(trainer: Any, plan: Any) -> list[float]:
@@ -127,7 +128,7 @@ def rows_are_alike(trainer: Any, plan: Any) -> bool:
     alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
     for module, mode in modes:
         module.training = mode
-    return alike
+    return alike and trainer.settings.reach == 1  # what goes back through a stage is not compared
 
 
 class one_thread_each:
