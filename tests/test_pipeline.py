@@ -315,8 +315,9 @@ IN_PROCESSES = ["mlp", "momentum", "windows, skip", "turns", "top-2", "bfloat16 
 
 @forks
 @pytest.mark.parametrize("workers", [2, 3, 4])
-def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path) -> None:
-    """All choices in one run of the processes, one after the other."""
+def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All choices in one run of the processes, one after the other; of three as if they were on several hosts."""
+    monkeypatch.setattr("f3triton.run.workers.available", lambda: workers != 3)
     names = [name for name in IN_PROCESSES if workers < 4 or name != "local"]
     one, folders = {}, {}
     for name in names:
@@ -453,7 +454,11 @@ def killed(folder: Path, workers: int, victim: int, steps: int) -> list[int]:
 
 @forks
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_worker_ends_the_others_and_any_number_go_on(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_host", [True, False])
+def test_a_killed_worker_ends_the_others_and_any_number_go_on(
+    victim: int, one_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("f3triton.run.workers.available", lambda: one_host)
     whole = train(tmp_path / "whole", "off")
     folder = tmp_path / "killed"
     folder.mkdir()

@@ -1,8 +1,8 @@
 """Links: what one worker sends to the next, in order, with a few packets on the way.
 
-Between threads a link is a queue. Between processes it is torch.distributed's `isend` and `irecv` by gloo, which moves bytes of
-the host; a thread at the receiving end has the next packets there before they are asked for. That thread waits inside torch,
-which lets other threads of Python run.
+Between threads a link is a queue. Between processes of one host it is memory that both have (see `shared`), and between others
+torch.distributed's `isend` and `irecv` by gloo, which moves bytes of the host; a thread at the receiving end has the next
+packets there before they are asked for. That thread waits inside torch, which lets other threads of Python run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -111,15 +111,20 @@ class ThreadLink:
         """See `Receiver`."""
 
 
-def pack(packet: Packet) -> Tensor:
-    """A packet as bytes: the length of a JSON text, the text, and the tensors' bytes."""
+def memory(size: int) -> Tensor:
+    """So many bytes."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def pack(packet: Packet, memory: Callable[[int], Tensor] = memory) -> Tensor:
+    """A packet as bytes, in `memory` of that size: the length of a JSON text, the text, and the tensors' bytes."""
     shapes, place = [], 0
     for name, tensor in packet.tensors.items():
         shapes.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), place])
         place += -(-tensor.nbytes // ALIGNED) * ALIGNED
     text = json.dumps([packet.kind, packet.about, shapes]).encode()
     head = -(-(8 + len(text)) // ALIGNED) * ALIGNED
-    whole = torch.empty(head + place, dtype=torch.uint8)
+    whole = memory(head + place)
     whole[:8].view(torch.int64)[0] = len(text)
     whole[8 : 8 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     for (_, _, shape, start), tensor in zip(shapes, packet.tensors.values(), strict=True):

@@ -16,10 +16,11 @@ import torch
 from ..base.exceptions import InputError
 from ..base.precision import matmul_precision, working_dtype
 from ..data.identity import identity
-from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, ThreadLink
+from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, Receiver, Sender, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
 from ..distributed.replicas import DataParallel, rows_alike
-from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed
+from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_their_way
+from ..distributed.shared import SharedReceiver, SharedSender, available, connect
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
 from .checkpoint import Snapshot
@@ -200,14 +201,18 @@ def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
     return ring, others, leave
 
 
-def ends(trainer: Any, clock: Clock) -> tuple[GlooSender, GlooReceiver]:
-    """A worker's ends of the links to the next process and from the one before."""
+def ends(trainer: Any, clock: Clock) -> tuple[Sender, Receiver]:
+    """A worker's ends of the links to the next process and from the one before; every process calls this."""
     seat = trainer.seat
     group = seat.mesh["pipeline"].get_group()
     following, before = (seat.worker + 1) % seat.workers, (seat.worker - 1) % seat.workers
-    out = GlooSender(seat.peer(following), group, clock, f"worker {following}")
-    slots = SLOTS if seat.worker else 0
-    return out, GlooReceiver(seat.peer(before), group, clock, f"worker {before}", trainer.device, slots)
+    names = [f"worker {following}", f"worker {before}"]
+    out, back = connect(seat) if exchange(seat, available()).count(False) == 0 else (None, None)
+    slots = SLOTS if following else on_their_way(seat.workers)
+    sender = SharedSender(out, clock, names[0], slots) if out else GlooSender(seat.peer(following), group, clock, names[0])
+    if back:
+        return sender, SharedReceiver(back, clock, names[1], trainer.device, copies=seat.worker == 0)
+    return sender, GlooReceiver(seat.peer(before), group, clock, names[1], trainer.device, SLOTS if seat.worker else 0)
 
 
 def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Snapshot | None) -> None:
