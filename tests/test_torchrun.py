@@ -59,6 +59,21 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert [one["worker"] for one in summary["workers"]] == [0, 1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [["--pipeline", "2"], ["--data-parallel", "2", "--data-parallel-by", "factors"]])
+def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_path: Path) -> None:
+    """Of replicas only the figures are compared: libraries choose products by the number of rows."""
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
+    code, said = run(tmp_path / "one", 0, *arguments)
+    assert code == 0, said
+    code, said = run(tmp_path / "two", 2, *arguments, *workers)
+    assert code == 0, said
+    if "--pipeline" in workers:
+        assert model(tmp_path / "one") == model(tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-2)
+
+
 @pytest.mark.slow
 def test_two_processes_are_told_what_to_say(tmp_path: Path) -> None:
     code, said = run(tmp_path, 2, *SMALL)

@@ -142,7 +142,9 @@ def unpack(whole: Tensor, device: torch.device) -> Packet:
         dtype = getattr(torch, word)
         count = torch.Size(shape).numel() * dtype.itemsize
         tensors[name] = (
-            whole[head + start :][:count].view(dtype).view(shape).to(device) if count else torch.empty(shape, dtype=dtype)
+            whole[head + start :][:count].view(dtype).view(shape).to(device)
+            if count
+            else torch.empty(shape, dtype=dtype, device=device)
         )
     return Packet(kind, about, tensors)
 
