@@ -33,6 +33,7 @@ from f3triton.distributed.links import Packet, pack, unpack
 from f3triton.distributed.ring import Needs
 from f3triton.distributed.split import best_split, milliseconds, parts_of
 from f3triton.kernels import eager
+from f3triton.learn.peers import BackpropLearner
 from f3triton.learn.signal import Signal
 from f3triton.learn.step import F3Learner
 from f3triton.network.updater import Arithmetic
@@ -50,6 +51,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "drtp": {"method": "drtp"},
     "last-layer": {"method": "last-layer"},
     "local": {"method": "local"},
+    "local gpt": {"kind": "gpt", "method": "local", "local_head": "own", "local_head_depth": 1},
     "rank, masked": {"error_rank": 2, "mask_target": True},
     "regression": {"kind": "regression"},
     "windows, skip": {"window": 24, "visits": 2},
@@ -101,7 +103,7 @@ def train(folder: Path, pipeline: int | str, kind: str = "mlp", epochs: int = 4,
     train_set = data(kind)
     test_set = None if kind == "stream" else train_set
     settings = {"optimizer": f3.Adam(lr=0.01), "batch_size": 8, "device": "cpu", "seed": 2, **choices}
-    model = network("local" if choices.get("method") == "local" else kind)
+    model = network("local" if kind == "mlp" and choices.get("method") == "local" else kind)
     trainer = f3.Trainer(model, pipeline=pipeline, **settings)
     snapshot = newest(folder / "checkpoints", print)
     made = Checkpoints(folder / "checkpoints", 5, keep=100) if trainer.seat.writes else None
@@ -153,7 +155,7 @@ def test_threads_have_the_bits_of_one_worker(name: str, tmp_path: Path) -> None:
     for place in ("one", "several"):
         (tmp_path / place).mkdir()
     one = train(tmp_path / "one", "off", **CHOICES[name])
-    workers = 2 + sorted(CHOICES).index(name) % 2 if name != "local" else 3
+    workers = {"local": 3, "local gpt": 2}.get(name, 2 + sorted(CHOICES).index(name) % 2)
     with sleeping(len(name)):
         several = train(tmp_path / "several", f"threads:{workers}", **CHOICES[name])
     assert several == one
@@ -164,7 +166,8 @@ def test_threads_have_the_bits_of_one_worker(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_no_sleep_changes_a_bit(workers: int, seed: int, tmp_path: Path) -> None:
-    name = sorted(set(CHOICES) - {"local"})[seed % (len(CHOICES) - 1)]
+    names = sorted(name for name in CHOICES if not name.startswith("local"))
+    name = names[seed % len(names)]
     for place in ("one", "several"):
         (tmp_path / place).mkdir()
     one = train(tmp_path / "one", "off", **CHOICES[name])
@@ -249,6 +252,9 @@ def test_times_are_told() -> None:
     trainer = f3.Trainer(network("mlp"), batch_size=8, device="cpu", pipeline="threads:2", pipeline_split=[1, 3])
     result = trainer.fit(data("mlp"), 3)
     assert [one["stages"] for one in result.workers] == [1, 3]
+    alone = f3.Trainer(network("mlp"), batch_size=8, device="cpu", pipeline="auto", pipeline_split=[1, 3])
+    with pytest.raises(f3.InputError, match=r"split \[1, 3\] is for 2 workers, and there is one; start"):
+        alone.fit(data("mlp"), 1)
     assert all(one["busy_ms"] > 0 and one["waiting_ms"] >= 0 for one in result.workers)
     lines = trainer.describe_workers()
     assert lines[0] == "pipeline of 2 threads: 1, 3 stages"
@@ -309,8 +315,9 @@ IN_PROCESSES = ["mlp", "momentum", "windows, skip", "turns", "top-2", "bfloat16 
 
 @forks
 @pytest.mark.parametrize("workers", [2, 3, 4])
-def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path) -> None:
-    """All choices in one run of the processes, one after the other."""
+def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All choices in one run of the processes, one after the other; of three as if they were on several hosts."""
+    monkeypatch.setattr("f3triton.run.workers.available", lambda: workers != 3)
     names = [name for name in IN_PROCESSES if workers < 4 or name != "local"]
     one, folders = {}, {}
     for name in names:
@@ -332,7 +339,7 @@ def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path) -> 
 
 @forks
 def test_two_pipelines_by_factors_have_the_bits_of_one_worker(tmp_path: Path) -> None:
-    names = ["mlp", "windows, skip", "bfloat16 weights"]
+    names = ["mlp", "windows, skip", "bfloat16 weights", "local"]
     one = {name: train(tmp_path / f"{name}, one", "off", batch_size=16, **CHOICES[name]) for name in names}
     for name in names:
         (tmp_path / name).mkdir()
@@ -350,18 +357,87 @@ def test_two_pipelines_by_factors_have_the_bits_of_one_worker(tmp_path: Path) ->
 
 
 @forks
-@pytest.mark.parametrize("method", ["f3", "bp"])
+def test_replicas_keep_the_same_weights(tmp_path: Path) -> None:
+    """Whatever masks are drawn, and where a last batch cannot be divided; readings are of the whole batch."""
+    gpt = {"kind": "gpt", "method": "local"}
+    choices = {
+        "dropout": {"kind": "dropout"},
+        "own heads": {**gpt, "local_head": "own", "local_head_depth": 1},
+        "shared": {**gpt, "reach": 2, "local_positions": 0.5},
+    }
+
+    def work(rank: int) -> object:
+        more = {"epochs": 2, "data_parallel": 2, "batch_size": 16}
+        return {name: train(tmp_path / name, "off", **more, **choices[name]) for name in choices}
+
+    assert together(2, work, tmp_path) == [0, 0], said(tmp_path, 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert {name: first[name]["weights"] for name in choices} == {name: second[name]["weights"] for name in choices}
+
+
+@forks
+@pytest.mark.parametrize("method", ["f3", "local", "bp"])
 def test_replicas_by_gradients_agree_to_rounding(method: str, tmp_path: Path) -> None:
     def run(**more: object) -> dict:
         return train(tmp_path / str(len(more)), "off", method=method, precision="float64", **more)
 
     one = run()
-    by = {"data_parallel_by": "gradients"} if method == "f3" else {}
+    by = {} if method == "bp" else {"data_parallel_by": "gradients"}
     assert together(2, lambda rank: run(data_parallel=2, **by), tmp_path) == [0, 0], said(tmp_path, 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["weights"] == second["weights"]
     for mine, its in zip(one["records"], first["records"], strict=True):
         assert its["test_loss"] == pytest.approx(mine["test_loss"], rel=1e-9)
+
+
+@contextlib.contextmanager
+def visiting(steps: int, what: Callable[[], None]) -> None:
+    """Call `what` where backpropagation, or F3, begins that step."""
+
+    def wrapped(original: Callable) -> Callable:
+        def visit(self: object, *arguments: object) -> object:
+            if (self.steps if isinstance(self, BackpropLearner) else self.updater.number) + 1 == steps:
+                what()
+            return original(self, *arguments)
+
+        return visit
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (BackpropLearner, F3Learner):
+            patch.setattr(kind, "visit", wrapped(kind.visit))
+        yield
+
+
+@forks
+@pytest.mark.parametrize("method", ["f3", "bp"])
+def test_a_lost_replica_ends_the_others_in_one_line(method: str, tmp_path: Path) -> None:
+    def work(rank: int) -> object:
+        with visiting(7, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank else None):
+            return train(tmp_path / method, "off", method=method, data_parallel=2)
+
+    assert together(2, work, tmp_path) == [1, -signal.SIGKILL]
+    assert (tmp_path / "0.log").read_text().startswith("Gone: another replica is gone (")
+
+
+@forks
+@pytest.mark.parametrize("pipeline", ["off", 2])
+def test_replicas_are_interrupted_after_the_same_step(pipeline: int | str, tmp_path: Path) -> None:
+    choices = {"data_parallel_by": "factors", "batch_size": 16}
+    one = train(tmp_path / "one", "off", batch_size=16)
+    count = 2 if pipeline == "off" else 4
+
+    def work(rank: int) -> object:
+        asked = (lambda: signal.raise_signal(signal.SIGINT)) if rank == count // 2 else lambda: None
+        with stopping_at(12, asked):  # in the second replica
+            return train(tmp_path / "two", pipeline, data_parallel=2, **choices)
+
+    assert together(count, work, tmp_path) == [0] * count, said(tmp_path, count)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
+    assert {each["status"] for each in found} == {"interrupted"}
+    assert {each["records"][-1]["step"] for each in found} == {13}
+    assert len({each["weights"] for each in found}) == 1
+    assert "step-000000000013" in found[0]["checkpoints"]
+    assert train(tmp_path / "two", "off", batch_size=16)["weights"] == one["weights"]
 
 
 def killed(folder: Path, workers: int, victim: int, steps: int) -> list[int]:
@@ -378,7 +454,11 @@ def killed(folder: Path, workers: int, victim: int, steps: int) -> list[int]:
 
 @forks
 @pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_worker_ends_the_others_and_any_number_go_on(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_host", [True, False])
+def test_a_killed_worker_ends_the_others_and_any_number_go_on(
+    victim: int, one_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("f3triton.run.workers.available", lambda: one_host)
     whole = train(tmp_path / "whole", "off")
     folder = tmp_path / "killed"
     folder.mkdir()
@@ -430,6 +510,8 @@ def test_the_split_with_the_smallest_largest_part() -> None:
     assert best_split([1.0, 1, 1, 1], 2) == [2, 2]
     assert best_split([5.0, 1, 1, 1, 1], 2) == [1, 4]
     assert best_split([1.0, 1, 1, 9], 3, last=2) == [1, 1, 2]
+    assert best_split([9.0, 1, 1, 9, 9], 2, first=2, last=2) == [3, 2]
+    assert best_split([9.0, 1, 1, 1], 3, first=2) == [2, 1, 1]
     assert parts_of([1, 4]) == [range(0, 1), range(1, 5)]
     draw = random.Random(2)
     for _ in range(200):
@@ -509,11 +591,14 @@ def test_windows_in_turn_do_not_come_back_soon() -> None:
         ({"pipeline": 2, "method": "bp"}, "and with the method 'bp' they do"),
         ({"pipeline": "auto", "method": "fa"}, "and with the method 'fa' they do"),
         ({"pipeline": 2, "method": "sdfa"}, "and with the method 'sdfa' they do"),
-        ({"pipeline": 2, "method": "local", "reach": 2}, "reach 2 needs stages of other workers"),
+        ({"pipeline": 2, "method": "local", "reach": 2}, "reach 2 needs weights or gradients of later stages"),
         ({"pipeline_split": "1,2"}, "pipeline split '1,2' has no effect without a pipeline"),
         ({"pipeline": 2, "pipeline_split": "a"}, "pipeline split 'a' is not understood"),
         ({"data_parallel": 3}, "batch size 50 cannot be divided among 3 replicas"),
-        ({"data_parallel": 2, "method": "dfa"}, "data parallel is for the methods f3, drtp, last-layer and bp, got 'dfa'"),
+        (
+            {"data_parallel": 2, "method": "dfa"},
+            "data parallel is for the methods f3, drtp, local, last-layer and bp, got 'dfa'",
+        ),
         ({"data_parallel_by": "factors"}, "data parallel by 'factors' has no effect without data parallel"),
         ({"data_parallel": 2, "error_store": "./e"}, "error store './e' cannot be written by several replicas"),
         ({"window_order": "turns"}, "window order 'turns' has no effect without windows"),
@@ -534,6 +619,10 @@ def test_what_the_script_refuses(capsys: pytest.CaptureFixture[str], monkeypatch
     tiny.write_text("to be or not to be, that is the question " * 30)
     gpt = ["--text", tiny, "--dim", 8, "--heads", 2, "--depth", 2, "--context", 8, "--pipeline", "threads:2"]
     assert "tied embeddings are read by the first stage and learnt by the last" in fails(capsys, *gpt, "--tied")
+    own = ["--method", "local", "--local-head", "own", "--pipeline", "threads:3"]
+    assert "of 3 workers needs as many stages (the first one needs 2 of them, the last one needs 2 of them), and" in fails(
+        capsys, *gpt[:-2], *own
+    )
     assert "shared heads read every stage's output" in fails(capsys, *gpt, "--method", "local")
     stream = ["--streaming", "--max-train-samples", 200, "--window", 50, "--window-order", "turns"]
     assert "window order 'turns' needs data that is loaded whole" in fails(capsys, *stream)

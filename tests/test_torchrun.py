@@ -59,6 +59,21 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert [one["worker"] for one in summary["workers"]] == [0, 1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [["--pipeline", "2"], ["--data-parallel", "2", "--data-parallel-by", "factors"]])
+def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_path: Path) -> None:
+    """Of replicas only the figures are compared: libraries choose products by the number of rows."""
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
+    code, said = run(tmp_path / "one", 0, *arguments)
+    assert code == 0, said
+    code, said = run(tmp_path / "two", 2, *arguments, *workers)
+    assert code == 0, said
+    if "--pipeline" in workers:
+        assert model(tmp_path / "one") == model(tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-2)
+
+
 @pytest.mark.slow
 def test_two_processes_are_told_what_to_say(tmp_path: Path) -> None:
     code, said = run(tmp_path, 2, *SMALL)
@@ -70,7 +85,8 @@ def test_two_processes_are_told_what_to_say(tmp_path: Path) -> None:
     assert "train.py: error: pipeline 3 needs 3 processes, got 2" in said
 
 
-LONG = [*SMALL[:-1], "100000", "--eval-every", "1000", "--checkpoint-every", "20", "--pipeline", "auto", "--output-dir", "run"]
+LONG = [*SMALL[:-1], "100000", "--eval-every", "1000", "--checkpoint-every", "20", "--output-dir", "run", "--quiet"]
+PIPELINE, REPLICAS = ["--pipeline", "auto"], ["--data-parallel", "2"]
 
 
 def until_checkpoints(folder: Path, process: subprocess.Popen) -> None:
@@ -100,7 +116,7 @@ def children(process: subprocess.Popen) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_worker_that_is_killed(rank: int, tmp_path: Path) -> None:
-    process = start(tmp_path, 3, *LONG, "--quiet")
+    process = start(tmp_path, 3, *LONG, *PIPELINE)
     until_checkpoints(tmp_path, process)
     os.kill(children(process)[rank], signal.SIGKILL)
     began = time.monotonic()
@@ -112,9 +128,24 @@ def test_a_worker_that_is_killed(rank: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("method", ["f3", "bp"])
+def test_a_replica_that_is_killed(method: str, tmp_path: Path) -> None:
+    process = start(tmp_path, 2, *LONG, *REPLICAS, "--method", method)
+    until_checkpoints(tmp_path, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert said.count("train.py: error: ") == 1
+    assert "train.py: error: another replica is gone (" in said
+    assert said.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [PIPELINE, REPLICAS], ids=["pipeline", "replicas"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop(number: int, tmp_path: Path) -> None:
-    process = start(tmp_path, 2, *LONG, "--quiet")
+def test_a_run_that_is_asked_to_stop(number: int, workers: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, 2, *LONG, *workers)
     until_checkpoints(tmp_path, process)
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
@@ -176,11 +207,19 @@ def test_torchrun_starts_it_again_and_it_goes_on(tmp_path: Path) -> None:
     assert model(tmp_path / "one") == model(tmp_path / "two")
 
 
-SCRIPT = """ import hashlib, os, sys import torch import f3triton as f3 train, test = f3.load_dataset("digits",
-max_train_samples=120, max_test_samples=60) torch.manual_seed(0) model = f3.models.MLP([64, 24, 24, 10]) trainer =
-f3.Trainer(model, batch_size=20, pipeline="auto" if len(sys.argv) == 1 else "off") result = trainer.fit(train, 3, test) weights
-= b"".join(p.detach().numpy().tobytes() for p in model.parameters()) sys.stdout.write(f"{hashlib.sha256(weights).hexdigest()}
-{result.history[-1]['test_loss']} {trainer.evaluate(test)['test_loss']}\\n")
+SCRIPT = """
+import hashlib, sys
+import torch
+import f3triton as f3
+
+train, test = f3.load_dataset("digits", max_train_samples=120, max_test_samples=60)
+torch.manual_seed(0)
+model = f3.models.MLP([64, 24, 24, 10])
+trainer = f3.Trainer(model, batch_size=20, device="cpu", pipeline="auto" if len(sys.argv) == 1 else "off")
+result = trainer.fit(train, 3, test)
+weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+found = hashlib.sha256(weights).hexdigest(), result.history[-1]["test_loss"], trainer.evaluate(test)["test_loss"]
+sys.stdout.write(" ".join(map(str, found)) + "\\n")
 """
 
 
@@ -189,7 +228,8 @@ def test_a_script_of_ones_own(tmp_path: Path) -> None:
     """Every process has the whole network in the end, and the records."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    one = run(tmp_path, 0, "off", script=script)[1].strip()
+    code, one = run(tmp_path, 0, "off", script=script)
+    assert code == 0, one
     code, said = run(tmp_path, 3, script=script)
     assert code == 0, said
-    assert said.count(one) == 3
+    assert said.count(one.splitlines()[-1]) == 3

@@ -1,8 +1,8 @@
 """Links: what one worker sends to the next, in order, with a few packets on the way.
 
-Between threads a link is a queue. Between processes it is torch.distributed's `isend` and `irecv` by gloo, which moves bytes of
-the host; a thread at the receiving end has the next packets there before they are asked for. That thread waits inside torch,
-which lets other threads of Python run.
+Between threads a link is a queue. Between processes of one host it is memory that both have (see `shared`), and between others
+torch.distributed's `isend` and `irecv` by gloo, which moves bytes of the host; a thread at the receiving end has the next
+packets there before they are asked for. That thread waits inside torch, which lets other threads of Python run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -109,15 +111,20 @@ class ThreadLink:
         """See `Receiver`."""
 
 
-def pack(packet: Packet) -> Tensor:
-    """A packet as bytes: the length of a JSON text, the text, and the tensors' bytes."""
+def memory(size: int) -> Tensor:
+    """So many bytes."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def pack(packet: Packet, memory: Callable[[int], Tensor] = memory) -> Tensor:
+    """A packet as bytes, in `memory` of that size: the length of a JSON text, the text, and the tensors' bytes."""
     shapes, place = [], 0
     for name, tensor in packet.tensors.items():
         shapes.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), place])
         place += -(-tensor.nbytes // ALIGNED) * ALIGNED
     text = json.dumps([packet.kind, packet.about, shapes]).encode()
     head = -(-(8 + len(text)) // ALIGNED) * ALIGNED
-    whole = torch.empty(head + place, dtype=torch.uint8)
+    whole = memory(head + place)
     whole[:8].view(torch.int64)[0] = len(text)
     whole[8 : 8 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     for (_, _, shape, start), tensor in zip(shapes, packet.tensors.values(), strict=True):
@@ -135,7 +142,9 @@ def unpack(whole: Tensor, device: torch.device) -> Packet:
         dtype = getattr(torch, word)
         count = torch.Size(shape).numel() * dtype.itemsize
         tensors[name] = (
-            whole[head + start :][:count].view(dtype).view(shape).to(device) if count else torch.empty(shape, dtype=dtype)
+            whole[head + start :][:count].view(dtype).view(shape).to(device)
+            if count
+            else torch.empty(shape, dtype=dtype, device=device)
         )
     return Packet(kind, about, tensors)
 
@@ -205,6 +214,17 @@ class GlooReceiver:
     def close(self) -> None:
         """See `Receiver`. A thread that is still on its way out of torch when Python ends would abort the process."""
         self.thread.join()
+
+
+@contextmanager
+def watching(who: str) -> Iterator[None]:
+    """Inside, what gloo says of a lost connection to `who` raises Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise Gone(f"{who} is gone ({short(error)})") from None
 
 
 def short(error: Exception) -> str:

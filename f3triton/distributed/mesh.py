@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..base.exceptions import InputError
+from .links import watching
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -127,15 +128,16 @@ def attempt() -> str:
 
 
 def exchange(place: Place, content: object) -> list[object]:
-    """What each process says, as JSON has it, by rank."""
+    """What each process says, as JSON has it, by rank. Raises Gone where one has ended."""
     if place.mesh is None:
         return [content]
     text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(text)]))
-    longest = int(max(sizes))
-    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+    with watching("another process"):
+        dist.all_gather(sizes, torch.tensor([len(text)]))
+        longest = int(max(sizes))
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
     return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 

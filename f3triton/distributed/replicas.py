@@ -7,8 +7,8 @@ layer `[N, K]`, factors are `M (N + K)` numbers, gradients `2 N K`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..network.linear import Linear
 from ..network.sequential import Sequential
-from .links import Gone, short
+from .links import watching
 
 
 class DataParallel:
@@ -35,18 +35,36 @@ class DataParallel:
     def gather(self, own: Tensor) -> Tensor:
         mine = own.detach().cpu().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.count)]
-        with named():
+        with self.watching():
             dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=self.group)
         return torch.cat(parts).to(own.device)
 
     def total(self, part: Tensor) -> Tensor:
         whole = part.detach().cpu().contiguous().clone()
-        with named():
+        with self.watching():
             dist.all_reduce(whole, group=self.group)
         return whole.to(part.device)
 
     def average_gradients(self, model: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(model, process_group=self.group)
+        with self.watching():
+            return nn.parallel.DistributedDataParallel(model, process_group=self.group)
+
+    def watching(self) -> AbstractContextManager[None]:
+        return watching("another replica")
+
+    def ask(self, this_one: bool) -> Callable[[], bool]:
+        """What all replicas call after the same step; the answer, which can be had after the next one without waiting, is
+        whether `this_one` or another is to stop."""
+        flag = torch.tensor(int(this_one))
+        with self.watching():
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True)
+
+        def answer() -> bool:
+            with self.watching():
+                work.wait()
+            return bool(flag)
+
+        return answer
 
     def by_factors(self, shape: torch.Size, rows: int) -> bool:
         if self.by != "auto":
@@ -64,15 +82,6 @@ class DataParallel:
             f"data parallel {self.count}: {factors} weights by factors, {len(weights) - factors + others} parameters by "
             f"gradients; {'the bits of one worker' if exact else 'the numbers of one worker to rounding'}"
         )
-
-
-@contextmanager
-def named() -> Iterator[None]:
-    """Turn gloo's words for a lost connection into Gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise Gone(f"another replica is gone ({short(error)})") from None
 
 
 @torch.no_grad()

@@ -116,6 +116,11 @@ class Holding:
         return {n: t for n, t in [*self.model.named_parameters(), *self.model.named_buffers()] if n in kept}
 
 
+def on_their_way(workers: int) -> int:
+    """How many packets are between worker 0 and worker 0, at most: with more all would wait for room on the way back."""
+    return (workers - 1) * (SLOTS + 1) + 1
+
+
 class Ring(Alone):
     """Worker 0's end. `learner` has the store and the first stages, `rows` is the number of rows of the store (0: none),
     `classes`: whether targets are one-hot; `shared`: whether all workers have one model between them (threads).
@@ -135,8 +140,7 @@ class Ring(Alone):
         super().__init__(learner, learner.model)
         self.workers, self.out, self.back, self.clock, self.classes = workers, out, back, clock, classes
         self.holding, self.shared, self.needs = Holding(learner, 0), shared, Needs(rows)
-        # With more packets on their way, all would wait for room on the way back.
-        self.bound = (workers - 1) * (SLOTS + 1) + 1
+        self.bound = on_their_way(workers)
         self.sent = self.returned = 0
         self.waiting: deque[Then] = deque()
         self.after: deque[tuple[int, Callable[[], None]]] = deque()

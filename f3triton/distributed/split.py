@@ -20,9 +20,9 @@ from ..network.updater import Arithmetic, Updater
 REPEATS = 5
 
 
-def best_split(costs: Numbers[float], workers: int, last: int = 1) -> list[int]:
+def best_split(costs: Numbers[float], workers: int, first: int = 1, last: int = 1) -> list[int]:
     """How many of the stages, in a row, each of so many `workers` gets: the one with the largest sum of `costs` has the
-    smallest there can be. The last one gets at least `last`.
+    smallest there can be. The first one gets at least `first`, the last one `last`.
 
     By dynamic programming over the first n stages and the first w workers; of equal splits the one whose last workers have the
     fewest stages.
@@ -37,7 +37,7 @@ def best_split(costs: Numbers[float], workers: int, last: int = 1) -> list[int]:
         for end in range(worker, stages + 1):
             if worker == workers and end < stages:
                 continue
-            own = last if worker == workers else 1
+            own = max(first if worker == 1 else 1, last if worker == workers else 1)
             choices = [
                 (max(sum_, before[end] - before[start]), -start) for start, (sum_, _) in best[-1].items() if end - start >= own
             ]
@@ -58,10 +58,11 @@ def parts_of(split: Numbers[int]) -> list[range]:
     return [range(end - count, end) for end, count in zip(ends, split, strict=True)]
 
 
-def check_split(split: Numbers[int], workers: int, stages: int, last: int) -> None:
+def check_split(split: Numbers[int], workers: int, stages: int, first: int, last: int) -> None:
     """Raise InputError where these are not the stages of so many workers."""
-    if len(split) != workers or sum(split) != stages or min(split) < 1 or split[-1] < last:
+    if len(split) != workers or sum(split) != stages or min(split) < 1 or split[0] < first or split[-1] < last:
         text, rest = ",".join(map(str, split)), f", of which the last worker needs {last}" * (last > 1)
+        rest += f", of which the first worker needs {first}" * (first > 1)
         raise InputError(
             f"pipeline split '{text}' must be {workers} numbers of at least 1, one a worker, with the sum {stages}, the "
             f"network's stages{rest}"
@@ -88,7 +89,8 @@ def milliseconds(model: Sequential, x: Tensor, row: Tensor | None, signal: Signa
                 torch.cuda.synchronize(x.device)
             times.append(time.perf_counter() - began)
         if model.unread <= place < model.read:  # the reading, forward and backward
-            times = [seconds + 3 * _forward_seconds(model, place, h) for seconds in times]
+            with drawing(x.device, how.seed, "measure", place):
+                times = [seconds + 3 * _forward_seconds(model, place, h) for seconds in times]
         found.append(round(1000 * min(times), 3))
         x = h
     return found

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..base.seeds import drawing
 from ..network.head import Head
 from ..network.sequential import Sequential
 from ..network.stage import Stage
@@ -46,6 +47,10 @@ class Local:
 
     def gradient(self, place: int, h: Tensor, target: Tensor, step: Step) -> Tensor:
         """The gradient at the output `h [M, ...]` of the hidden stage in that place; a head of its own is updated."""
+        if step.replicas is not None:  # a reading's gradient is a mean over the whole batch, which is read everywhere
+            whole = step.replicas.gather(h)
+            with drawing(h.device, self.narrow.seed, "dropout of readings", step.number, place):  # the same masks everywhere
+                return step.replicas.own(self.gradient(place, whole, target, step.alone()))
         if self.direct:
             if self.narrow.all:
                 return self.heads[place].visit(h, target, self.loss, step)
@@ -93,8 +98,9 @@ class Hearing:
         return h
 
     def close(self, gradient: Tensor) -> None:
-        """The gradient at the last hidden stage's output, from the network's own; the stages that are left are updated."""
-        self._hear(gradient)
+        """The gradient of the whole batch at the last hidden stage's output, from the network's own; the stages that are left
+        are updated."""
+        self._hear(gradient if self.step.replicas is None else self.step.replicas.own(gradient))
         self._finish(len(self.open))
 
     def _hear(self, gradient: Tensor) -> None:

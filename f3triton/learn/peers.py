@@ -58,10 +58,11 @@ class BackpropLearner(_Backward):
         split = self.replicas is not None and self.replicas.divide(len(x))
         own = (self.replicas.number,) if split else ()
         draws = drawing(self.device, self.seed, "dropout", self.steps, *own) if self.draws else nullcontext()
-        with draws, autocast(x.device, self.compute_dtype):
-            a = self.run(self.replicas.own(x) if split else x)  # [M, C], or [batch, tokens, C]
-        a = a.flatten(0, -2).to(self.dtype)
-        mean_loss(a, self.replicas.own(target) if split else target, self.loss).backward()
+        with nullcontext() if self.replicas is None else self.replicas.watching():
+            with draws, autocast(x.device, self.compute_dtype):
+                a = self.run(self.replicas.own(x) if split else x)  # [M, C], or [batch, tokens, C]
+            a = a.flatten(0, -2).to(self.dtype)
+            mean_loss(a, self.replicas.own(target) if split else target, self.loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Output(self.replicas.gather(a) if split else a.detach(), target)

@@ -145,7 +145,7 @@ class F3Learner:
         hearing = self.local.begin(target, step) if self.local is not None else None
         waiting = []
         for place, stage in enumerate(self.hidden, self.part.start):
-            with self._drawing(place, stage, step.number):
+            with self._drawing(place, stage, step):
                 if not hidden:
                     with autocast(x.device, step.compute_dtype):
                         x = stage(x)
@@ -167,7 +167,7 @@ class F3Learner:
 
     def _end(self, x: Tensor, target: Tensor, step: Step, hearing: Hearing | None) -> tuple[Output, Tensor | None]:
         """The last stage's part of a step."""
-        with self._drawing(self.part.stop - 1, self.last, step.number):
+        with self._drawing(self.part.stop - 1, self.last, step):
             a, kept = self.last.keep(x, step, wants_input=hearing is not None)  # [M, C], or [batch, tokens, C]
         shape = a.shape
         if len(shape) > 2:
@@ -192,12 +192,13 @@ class F3Learner:
                 stage.train(mode)
         return x
 
-    def _drawing(self, place: int, stage: Stage, number: int) -> AbstractContextManager:
-        """Random numbers of a stage: of the seed, the step and the stage's place, whatever was drawn before and elsewhere."""
+    def _drawing(self, place: int, stage: Stage, step: Step) -> AbstractContextManager:
+        """Random numbers of a stage: of the seed, the step and the stage's place, whatever was drawn before and elsewhere; and
+        of the replica, where each has other rows."""
         if not (stage.draws and stage.training):
             return nullcontext()
-        own = () if self.replicas is None else (self.replicas.number,)
-        return drawing(self.device, self.seed, "dropout", number, place, *own)
+        own = () if step.replicas is None else (step.replicas.number,)
+        return drawing(self.device, self.seed, "dropout", step.number, place, *own)
 
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`: where all stages are Linear, and data and errors are on the device."""

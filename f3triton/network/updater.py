@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -81,6 +82,9 @@ class Replicas(Protocol):
 
     def average_gradients(self, model: nn.Module) -> nn.Module:
         """The model, for autograd: its gradients are then the mean over all replicas."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Inside, an error of autograd's that comes of a lost replica is told as that."""
 
     def by_factors(self, shape: torch.Size, rows: int) -> bool:
         """Whether a weight of that shape `[N, K]` is updated from gathered factors, for so many rows of each replica."""

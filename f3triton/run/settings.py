@@ -259,11 +259,12 @@ class Settings:
         if workers != "off" and signal.local and (self.reach > 1 or self.local_head == "shared"):
             wrong = f"reach {self.reach}" if self.reach > 1 else "local head 'shared'"
             raise InputError(
-                f"{wrong} needs stages of other workers, which a pipeline has not; use heads of the stages' own, reach 1"
+                f"{wrong} needs weights or gradients of later stages, which other workers have; use heads of the stages' own, "
+                "and reach 1"
             )
         if self.data_parallel > 1:
-            if self.method != "bp" and (signal is None or signal.current or signal.local):
-                raise InputError(f"data parallel is for the methods f3, drtp, last-layer and bp, got {self.method!r}")
+            if self.method != "bp" and (signal is None or signal.current):
+                raise InputError(f"data parallel is for the methods f3, drtp, local, last-layer and bp, got {self.method!r}")
             if self.batch_size % self.data_parallel:
                 raise InputError(f"batch size {self.batch_size} cannot be divided among {self.data_parallel} replicas")
             if is_folder(self.error_store):

@@ -18,6 +18,7 @@ from ..base.exceptions import InputError
 from ..base.schema import check
 from ..base.seeds import one_at_a_time
 from ..base.text import short
+from ..distributed.replicas import DataParallel
 from ..distributed.ring import Alone
 from ..error_store import ErrorStore
 from ..learn.step import Learner
@@ -160,9 +161,11 @@ class Keeper:
         checkpoints: Checkpoints | None,
         flow: Alone,
         steps_per_epoch: int | None = None,
+        replicas: DataParallel | None = None,
     ) -> None:
-        """`steps_per_epoch`: None where it is not known."""
-        self.flow = flow
+        """`steps_per_epoch`: None where it is not known. `replicas`: all are to stop after the same step."""
+        self.flow, self.replicas = flow, replicas
+        self.asked: Callable[[], bool] = lambda: False  # whether a replica was to stop after the last step
         self.parts, self.settings, self.result, self.store, self.checkpoints = parts, settings, result, store, checkpoints
         self.steps_per_epoch = steps_per_epoch
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
@@ -177,27 +180,30 @@ class Keeper:
         self._keep(self.checkpoints is not None and self.checkpoints.due_after_epoch(epochs))
 
     def _keep(self, due: bool) -> None:
-        if due or (self.pressed and self.checkpoints is not None):
+        stop = self.pressed > 0
+        if self.replicas is not None:
+            stop, self.asked = self.asked(), self.replicas.ask(stop)
+        if due or (stop and self.checkpoints is not None):
             self.save()
-        if self.pressed:
+        if stop:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def interrupts_between_steps(self) -> Iterator[None]:
         """Ctrl-C waits for the step's end and a last checkpoint, where there are any; a second Ctrl-C waits for nothing.
 
-        With several workers it waits in any case, and SIGTERM is the same.
+        With several processes it waits in any case, and SIGTERM is the same.
         """
+        several = self.flow.elsewhere or self.replicas is not None
 
         def ask(number: int, frame: object) -> None:
-            if self.flow.elsewhere and time.monotonic() - self.pressed_at < AGAIN:
+            if several and time.monotonic() - self.pressed_at < AGAIN:
                 return
             self.pressed, self.pressed_at = self.pressed + 1, time.monotonic()
             if self.pressed > 1:
                 raise KeyboardInterrupt
 
-        elsewhere = self.flow.elsewhere
-        with handling(ask, signal.SIGINT, *[signal.SIGTERM] * elsewhere) if elsewhere or self.checkpoints else nullcontext():
+        with handling(ask, signal.SIGINT, *[signal.SIGTERM] * several) if several or self.checkpoints else nullcontext():
             yield
 
     def save(self) -> None:

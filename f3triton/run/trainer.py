@@ -237,7 +237,7 @@ class Trainer:
         parts |= {} if stream is None else {"stream": Stream(stream)}
         parts |= {"tally": tally, "random": Generators(device)}
         known = order.steps_per_epoch if batches is None else None
-        keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known)
+        keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known, self.replicas)
         cleanup.enter_context(keeper.interrupts_between_steps())
         cleanup.push(leave)
         if resume is not None:

@@ -16,10 +16,11 @@ import torch
 from ..base.exceptions import InputError
 from ..base.precision import matmul_precision, working_dtype
 from ..data.identity import identity
-from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, ThreadLink
+from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, Receiver, Sender, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
 from ..distributed.replicas import DataParallel, rows_alike
-from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed
+from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_their_way
+from ..distributed.shared import SharedReceiver, SharedSender, available, connect
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
 from .checkpoint import Snapshot
@@ -55,10 +56,18 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
             {name.replace("_", " "): str(value) for name, value in (facts | own).items()} | {"first weights": digest(model)},
         )
     if seat.workers == 1:
+        if trainer.settings.split is not None:
+            raise InputError(
+                f"pipeline split {trainer.settings.pipeline_split!r} is for {len(trainer.settings.split)} workers, and there "
+                "is one; start as many by torchrun --nproc-per-node, or leave the split out"
+            )
         return None
+    # By local errors the last hidden stage learns with the output, and stages that nobody reads with the one behind them.
     last = 2 if signal_.local and len(model) > 1 else 1
-    if seat.workers + last - 1 > len(model):
-        least = " (the last one needs two of them)" * (last - 1)
+    first = model.unread + 1 if signal_.local else 1
+    if seat.workers + first - 1 + last - 1 > len(model):
+        needs = [f"the {which} one needs {n} of them" for which, n in (("first", first), ("last", last)) if n > 1]
+        least = f" ({', '.join(needs)})" * bool(needs)
         raise InputError(f"a pipeline of {seat.workers} workers needs as many stages{least}, and the network has {len(model)}")
     if any(stage.tied for stage in model.stages):
         raise InputError(
@@ -66,17 +75,15 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
         )
     if model.reading:
         raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
-    if signal_.local and model.unread:
-        raise InputError("an embedding learns with the stage behind it from local errors; a pipeline needs another method")
     if trainer.settings.split is not None:
-        check_split(trainer.settings.split, seat.workers, len(model), last)
+        check_split(trainer.settings.split, seat.workers, len(model), first, last)
         return trainer.settings.split
     costs = []
     if seat.writes:
         costs = measured(trainer, plan)
     costs = exchange(seat, costs)[0]
     trainer.stage_milliseconds = costs
-    return best_split(costs, seat.workers, last)
+    return best_split(costs, seat.workers, first, last)
 
 
 def measured(trainer: Any, plan: Any) -> list[float]:
@@ -122,7 +129,7 @@ def rows_are_alike(trainer: Any, plan: Any) -> bool:
     alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
     for module, mode in modes:
         module.training = mode
-    return alike
+    return alike and trainer.settings.reach == 1  # what goes back through a stage is not compared
 
 
 class one_thread_each:
@@ -194,14 +201,18 @@ def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
     return ring, others, leave
 
 
-def ends(trainer: Any, clock: Clock) -> tuple[GlooSender, GlooReceiver]:
-    """A worker's ends of the links to the next process and from the one before."""
+def ends(trainer: Any, clock: Clock) -> tuple[Sender, Receiver]:
+    """A worker's ends of the links to the next process and from the one before; every process calls this."""
     seat = trainer.seat
     group = seat.mesh["pipeline"].get_group()
     following, before = (seat.worker + 1) % seat.workers, (seat.worker - 1) % seat.workers
-    out = GlooSender(seat.peer(following), group, clock, f"worker {following}")
-    slots = SLOTS if seat.worker else 0
-    return out, GlooReceiver(seat.peer(before), group, clock, f"worker {before}", trainer.device, slots)
+    names = [f"worker {following}", f"worker {before}"]
+    out, back = connect(seat) if exchange(seat, available()).count(False) == 0 else (None, None)
+    slots = SLOTS if following else on_their_way(seat.workers)
+    sender = SharedSender(out, clock, names[0], slots) if out else GlooSender(seat.peer(following), group, clock, names[0])
+    if back:
+        return sender, SharedReceiver(back, clock, names[1], trainer.device, copies=seat.worker == 0)
+    return sender, GlooReceiver(seat.peer(before), group, clock, names[1], trainer.device, SLOTS if seat.worker else 0)
 
 
 def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Snapshot | None) -> None:
