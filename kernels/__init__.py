@@ -3,7 +3,7 @@
 It needs torch, and triton where the Triton backend is asked for; it imports nothing of the rest of f3triton.
 """
 
-from . import dispatch, eager, reference
+from . import dispatch, eager, library, reference
 from .generated import GeneratedFeedback
 from .rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
@@ -17,6 +17,7 @@ __all__ = [
     "Update",
     "dispatch",
     "eager",
+    "library",
     "new_state",
     "reference",
 ]
