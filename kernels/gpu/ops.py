@@ -22,9 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import eager
+from .. import eager, reference
 from ..generated import KINDS, GeneratedFeedback
-from ..reference import NORM_EPS
 from ..rounding import parameter_seed
 from ..rules import SGD, State, Update
 from . import head as triton_head
@@ -59,6 +58,15 @@ def _current(device: torch.device) -> AbstractContextManager:
 def _entry(operation: Callable[P, R]) -> Callable[P, R]:
     """What every public operation goes through: its tensors are on one device, and the launch is on that one."""
     names = tuple(signature(operation).parameters)
+    if hasattr(reference, operation.__name__):
+        reference.explained(operation)
+    words = {
+        "activation": reference.ACTIVATIONS,
+        "loss": reference.LOSSES,
+        "source": reference.SOURCES,
+        "link": reference.LINKS,
+    }
+    words = {name: allowed for name, allowed in words.items() if name in names}
 
     @wraps(operation)
     def run(*arguments: P.args, **named: P.kwargs) -> R:
@@ -70,6 +78,8 @@ def _entry(operation: Callable[P, R]) -> Callable[P, R]:
         for name in others:
             other = tensors[name].device
             _check(other == device, f"{name} is on {other} and {first} on {device}; the Triton kernels need them on one device")
+        for name in words.keys() & given.keys():
+            _check(given[name] in words[name], f"{name} {given[name]!r} is unknown; allowed: {', '.join(words[name])}")
         with _current(device):
             return operation(*arguments, **named)
 
@@ -208,7 +218,7 @@ def linear_forward(
     scale: float = 1.0,
     precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.linear_forward`. The weight may be of a wider type than `x`. Results are of `x`'s type."""
+    """Here: in one launch; the weight may be of a wider type than `x`."""
     x = _in_rows("x", x)
     _check(weight.dim() == 2, f"weight must have two dimensions, got shape {list(weight.shape)}")
     transposed = weight.stride(0) == 1 and weight.stride(1) != 1
@@ -284,7 +294,7 @@ def _launch_update(
 
 @_entry
 def outer_product(delta: Tensor, x: Tensor, precision: str = "ieee") -> tuple[Tensor, Tensor]:
-    """See `reference.outer_product`; the gradients are float32."""
+    """Here: in one launch; the gradients are float32."""
     weight = torch.empty(delta.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     bias = torch.empty(delta.shape[1], dtype=torch.float32, device=x.device)
     nothing = State(())
@@ -303,7 +313,7 @@ def outer_product_update_(
     update: Update,
     precision: str = "ieee",
 ) -> None:
-    """See `reference.outer_product_update_`; `delta` and `x` may have any strides."""
+    """Here: in one launch; `delta` and `x` may have any strides."""
     _check_state("weight", weight, weight_state, update)
     _check_state("bias", bias, bias_state, update)
     _check(bias is None or bias_state.shadow is None, "a bias has a shadow; the Triton kernels read the bias itself")
@@ -325,7 +335,7 @@ def linear_step_(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
+    """Here: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
 
     One launch has to read the weight itself for the update, and so makes `h` from it, rounded as the shadow is.
     """
@@ -373,7 +383,7 @@ def linear_backward_update_(
     update: Update,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.linear_backward_update_`: two launches, in stream order, so that `dx` sees the old weight."""
+    """Here: two launches, in stream order, so that `dx` sees the old weight."""
     source = weight if weight_state.shadow is None else weight_state.shadow
     input_gradient = linear_forward(delta, source.t(), precision=precision)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
@@ -382,7 +392,7 @@ def linear_backward_update_(
 
 @_entry
 def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
-    """See `reference.update_`, for a parameter of any shape."""
+    """Here: in one launch."""
     _check_state("parameter", parameter, state, update)
     _check(gradient.shape == parameter.shape, f"gradient has shape {list(gradient.shape)}; needed: {list(parameter.shape)}")
     block, elements = tiles.ELEMENTWISE, parameter.numel()
@@ -397,7 +407,7 @@ def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -
 def output_step(
     a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto"
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """See `reference.output_step`; losses are float32."""
+    """Here: in one launch; losses are float32."""
     a, target = _in_rows("a", a).contiguous(), _in_rows("target", target).contiguous()
     samples, classes = a.shape
     _check(target.shape == a.shape, f"target has shape {list(target.shape)}; needed: {list(a.shape)}")
@@ -428,7 +438,7 @@ def head_step_(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.head_step_`: one launch to the gradients, and one for the update; more above `tiles.HEAD_CLASSES`."""
+    """Here: one launch to the gradients, and one for the update; more above `tiles.HEAD_CLASSES`."""
     h, target = _in_rows("h", h), _in_rows("target", target).contiguous()
     samples, units = h.shape
     classes = len(weight)
@@ -449,7 +459,7 @@ def head_step_(
     triton_head.head[(triton.cdiv(samples, tile.blocks[0]),)](
         h, source, source if bias is None else bias, target, normal, gradient, back,
         samples, units // units_unit, classes, h.stride(0) // units_unit,
-        LOSS=triton_output.LOSS[loss], NORMALISE=norm, HAS_BIAS=bias is not None, EPS=NORM_EPS, UNIT=units_unit,
+        LOSS=triton_output.LOSS[loss], NORMALISE=norm, HAS_BIAS=bias is not None, EPS=reference.NORM_EPS, UNIT=units_unit,
         PRECISION=precision, ROWS=tile.blocks[0], CLASSES=block, UNITS=tile.blocks[1],
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -403,3 +403,12 @@ def test_tensors_on_two_devices_and_more_outputs_than_offsets_are_refused() -> N
     wide = torch.empty(1, 1, device="meta").expand(1 << 24, 6)
     with pytest.raises(ValueError, match="the number of outputs is 16777216"):
         ops.linear_forward(x.to("meta"), wide)
+
+
+def test_unknown_words_are_refused_by_name() -> None:
+    x, w, b, error, _ = on_device(*case(5, 6, 7, 3))
+    with pytest.raises(ValueError, match="activation 'softplus' is unknown; allowed: identity, tanh"):
+        ops.linear_forward(x, w, b, "softplus")
+    for word, given in (("loss", ("hinge", "none")), ("source", ("mse", "later")), ("link", ("mse", "none", "exp"))):
+        with pytest.raises(ValueError, match=f"{word} '{given[-1] if word != 'loss' else given[0]}' is unknown; allowed"):
+            ops.output_step(error, error, *given)
