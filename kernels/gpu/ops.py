@@ -119,6 +119,12 @@ def _roomy(device: torch.device) -> bool:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= tiles.ROOMY
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; in the interpreter one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _in_rows(name: str, tensor: Tensor) -> Tensor:
     """The matrix with contiguous rows, a copy where it has none."""
     _check(tensor.dim() == 2, f"{name} must have two dimensions, got shape {list(tensor.shape)}")
@@ -233,7 +239,10 @@ def linear_forward(
     sent = _sent(error, feedback, scale, x, outputs)
     outputs_unit = unit(outputs, sent.feedback_row, stored.stride(0) if transposed else 0)
     inputs_unit = unit(inputs, x.stride(0), 0 if transposed else stored.stride(0))
-    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device), activation in tiles.CURVED)
+    half = x.dtype != torch.float32
+    curved = activation in tiles.CURVED
+    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved)
+    many = half and not (curved and sent.kind)  # slopes and made entries at once would spill
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
         x, stored, stored if bias is None else bias, h, delta, sent.error, sent.feedback, sent.scale, sent.seed,
@@ -243,7 +252,8 @@ def linear_forward(
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h, TRANSPOSED=transposed,
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit,
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, GENERATED=sent.kind,
+        WIDTH=tiles.error_columns(sent.width, many, max(block_m, block_n), sent.feedback.is_floating_point() and not sent.kind),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h if delta is h else (h, delta)
@@ -277,7 +287,7 @@ def _launch_update(
     _check_bias(bias, outputs)
     constants = _constants(update, weight_state, weight, weight if bias is None else bias)
     more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
-    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device))
+    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device), _multiprocessors(x.device))
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
@@ -356,7 +366,8 @@ def linear_step_(
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     sent = _sent(error, feedback, scale, x, outputs)
     outputs_unit, inputs_unit = unit(outputs, sent.feedback_row), unit(inputs, x.stride(0))
-    block_m, tile = tiles.step_tile(rows, x.dtype != torch.float32, sent.kind != 0)
+    half = x.dtype != torch.float32
+    block_m, tile = tiles.step_tile(rows, half, sent.kind != 0)
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
@@ -366,7 +377,8 @@ def linear_step_(
         x.stride(0) // inputs_unit, sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(update, weight_state, weight, other),
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit, DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, GENERATED=sent.kind,
+        WIDTH=tiles.error_columns(sent.width, half, block_m, stored=False),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h
