@@ -131,6 +131,13 @@ def cases() -> list[Case]:
     found += [Case("update", (256, 500, 500, 1), "bf16", weight="bf16")]
     found += [Case("step", (rows, 784, 500, 10), "bf16", weight="bf16") for rows in (16, 32, 50)]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
+    for feedback in ("float32", "int8", "trinomial", "uniform"):  # many classes: more columns of the error at a time
+        many = [Case("step", (rows, 784, 500, 1000), "bf16", feedback=feedback) for rows in (16, 32, 50)]
+        for activation in ("tanh", "gelu"):
+            many += [Case("forward", (128, 500, 500, 1000), "bf16", feedback=feedback, activation=activation)]
+        found += [*many, Case("forward", (16, 784, 500, 1000), "bf16", feedback=feedback)]
+    found += [Case("forward", (16, 784, 500, 1000)), Case("step", (50, 784, 500, 1000))]
+    found += [Case("forward", (128, 500, 500, 1000), activation=activation) for activation in ("tanh", "gelu")]
     found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
     for dtype in ("fp32", "fp16", "bf16"):
         heads = [Case("head", (100, 1, 500, classes), dtype) for classes in (10, 32, 50, 100)]

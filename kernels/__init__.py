@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import dispatch, eager, reference
+    from . import dispatch, eager, library, reference
     from .generated import GeneratedFeedback
     from .rules import SGD, Adam, AdamW, Rule, State, Update, new_state
 
@@ -22,13 +22,14 @@ __all__ = [
     "Update",
     "dispatch",
     "eager",
+    "library",
     "new_state",
     "reference",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("dispatch", "eager", "reference"):
+    if name in ("dispatch", "eager", "library", "reference"):
         return import_module(f".{name}", __name__)
     if name in __all__:
         return getattr(import_module(".generated" if name == "GeneratedFeedback" else ".rules", __name__), name)

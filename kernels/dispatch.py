@@ -69,7 +69,7 @@ def choose(name: str, device: torch.device, precision: str = "float32", work: Se
         raise ValueError("backend 'triton' has no precision 'float64'; use backend 'torch', or another precision")
     fault = _fault(device, precision)
     if fault is None:
-        operations = importlib.import_module("f3triton.kernels.gpu.ops")
+        operations = importlib.import_module(".gpu.ops", __package__)
         return Choice("triton", operations.with_precision("tf32") if precision == "tf32" else operations, why)
     if name == "triton":
         raise ValueError(f"backend 'triton' {fault}; use backend 'torch'")

@@ -92,6 +92,7 @@ def project(error: Tensor, feedback: Tensor | GeneratedFeedback, scale: float, d
     return signal if scale == 1.0 else signal.mul_(scale)
 
 
+@reference.explained
 def linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -101,20 +102,22 @@ def linear_forward(
     feedback: Tensor | GeneratedFeedback | None = None,
     scale: float = 1.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.linear_forward`."""
+    """Here: slopes are taken from `h` where it suffices."""
     h, kept = linear_keep(x, weight, bias, activation)
     if error is None:
         return h
     return h, times_slope(project(error, feedback, scale, x.dtype), kept, activation)
 
 
+@reference.explained
 def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference.outer_product`."""
+    """Here: both are of the operands' type."""
     return delta.t() @ x, delta.sum(0)
 
 
+@reference.explained
 def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
-    """See `reference.update_`: the same formula in one pass over the parameter and its moments."""
+    """Here: in one pass over the parameter and its moments."""
     _update_part_(parameter, gradient, state.moments, state.place, update)
     if state.shadow is not None:
         state.shadow.copy_(parameter)
@@ -133,12 +136,15 @@ def _update_part_(parameter: Tensor, gradient: Tensor, moments: Moments, place: 
 
 def _update_all_(parameters: list[Tensor], gradients: list[Tensor], moments: list[Moments], update: Update) -> None:
     rule, step, device = update.rule, update.step, parameters[0].device
-    if device.type not in FUSED_DEVICES:
+    fused = getattr(
+        torch, "_fused_sgd_" if isinstance(rule, SGD) else "_fused_adamw_" if rule.decoupled else "_fused_adam_", None
+    )
+    if device.type not in FUSED_DEVICES or fused is None:  # they are private to torch, and may go
         for parameter, gradient, buffers in zip(parameters, gradients, moments, strict=True):
             reference.update_(parameter, gradient, State(buffers), update)
         return
     if isinstance(rule, SGD):
-        torch._fused_sgd_(
+        fused(
             parameters,
             gradients,
             [buffers[0] for buffers in moments] if rule.momentum else [],
@@ -155,7 +161,6 @@ def _update_all_(parameters: list[Tensor], gradients: list[Tensor], moments: lis
         step = torch.tensor(float(step), device=device)
     elif device.type != "cpu":  # these kernels read a float32, which is enough for `1 - beta^step`; the CPU's read any number
         step = step.to(torch.float32)
-    fused = torch._fused_adamw_ if rule.decoupled else torch._fused_adam_
     fused(
         parameters,
         gradients,
@@ -192,6 +197,7 @@ def _weight_gradient(left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, x, out=views[key])
 
 
+@reference.explained
 def outer_product_update_(
     weight: Tensor,
     bias: Tensor | None,
@@ -201,7 +207,7 @@ def outer_product_update_(
     bias_state: State | None,
     update: Update,
 ) -> None:
-    """See `reference.outer_product_update_`; a large weight is updated a few rows at a time."""
+    """Here: a large weight is updated a few rows at a time."""
     rows, columns = weight.shape
     if delta.dtype != x.dtype:
         delta = delta.to(x.dtype)
@@ -226,6 +232,7 @@ def outer_product_update_(
         update_(bias, delta.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)), bias_state, update)
 
 
+@reference.explained
 def linear_step_(
     x: Tensor,
     weight: Tensor,
@@ -238,13 +245,14 @@ def linear_step_(
     activation: str = "identity",
     scale: float = 1.0,
 ) -> Tensor:
-    """See `reference.linear_step_`."""
+    """Here: `linear_forward`, then `outer_product_update_`."""
     source = weight if weight_state.shadow is None else weight_state.shadow
     h, delta = linear_forward(x, source, bias, activation, error, feedback, scale)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
     return h
 
 
+@reference.explained
 def linear_backward_update_(
     weight: Tensor,
     bias: Tensor | None,
@@ -254,7 +262,7 @@ def linear_backward_update_(
     bias_state: State | None,
     update: Update,
 ) -> Tensor:
-    """See `reference.linear_backward_update_`."""
+    """Here: a product, then `outer_product_update_`."""
     source = weight if weight_state.shadow is None else weight_state.shadow
     input_gradient = delta @ source.to(delta.dtype)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
@@ -274,6 +282,7 @@ def through_norm(gradient: Tensor, h: Tensor) -> Tensor:
     return aten.native_layer_norm_backward(gradient.contiguous(), h, shape, mean, deviation, None, None, given)[0]
 
 
+@reference.explained
 def head_step_(
     h: Tensor,
     weight: Tensor,
@@ -287,7 +296,7 @@ def head_step_(
     *,
     ops: ModuleType | SimpleNamespace | None = None,
 ) -> Tensor:
-    """See `reference.head_step_`; by the other operations of `ops`, these by default."""
+    """Here: by the other operations of `ops`, these by default."""
     ops = ops or _here
     n = normalise(h) if norm else h
     source = weight if weight_state.shadow is None else weight_state.shadow
@@ -298,10 +307,11 @@ def head_step_(
     return through_norm(back, h) if norm else back
 
 
+@reference.explained
 def output_step(
     a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto"
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """See `reference.output_step`; the figures are None, for they are cheaper taken later, for the outputs of many steps.
+    """Here: the figures are None, for they are cheaper taken later, for the outputs of many steps.
 
     Where the error is the one that belongs to the loss, `y* - prediction` serves for gradient and error.
     """
@@ -312,9 +322,11 @@ def output_step(
     elif loss == "bce":
         residual = target - torch.sigmoid(a)
         gradient = residual * (-1 / a.numel())
-    else:
+    elif loss == "mse":
         residual = target - a
         gradient = residual * (-2 / a.numel())
+    else:
+        raise ValueError(f"loss {loss!r} is unknown; allowed: {', '.join(reference.LOSSES)}")
     natural = link == "auto" or (link == "identity" and loss != "cross-entropy")
     if natural and source in ("delayed-error", "current-error"):
         return gradient, residual, None

@@ -8,6 +8,9 @@ enters autograd, nothing is in a hurry, and everything works in float64. The mat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +21,16 @@ from .rules import SGD, Moments, State, Update
 from .words import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 NORM_EPS = 1e-5
+
+
+Operation = TypeVar("Operation", bound=Callable[..., object])
+
+
+def explained(operation: Operation) -> Operation:
+    """For `help`: what is written here of the operation of the same name comes before what is particular to this one."""
+    own, particular = (cleandoc(f.__doc__ or "") for f in (globals()[operation.__name__], operation))
+    operation.__doc__ = f"{own}\n\n{particular}".rstrip()
+    return operation
 
 
 def activate(a: Tensor, activation: str) -> Tensor:
@@ -73,6 +86,10 @@ def linear_forward(
 
     `delta` is handed to the update rule as it is: the sign is the authors', `+ e B` with `e = y* - y`. For a feedback
     matrix from a symmetric law the sign makes no difference; for others it does.
+
+    `x [M, K]`, `weight [N, K]`, `bias [N]`, `error [M, C]`, and `feedback [C, N]`, which may also be of int8, or generated.
+    Products and results are of `x`'s type. `activation` is one of `ACTIVATIONS`. Raises ValueError for another one, and where
+    shapes do not fit (torch: RuntimeError).
     """
     product = x @ weight.T.to(x.dtype)
     a = product if bias is None else product + bias.to(x.dtype)  # [M, N]
@@ -86,7 +103,10 @@ def linear_forward(
 
 
 def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a linear layer, `gW = delta^T x  [N, K]` and `gb = sum_m delta  [N]`, summed over the batch."""
+    """The gradients of a linear layer, `gW = delta^T x  [N, K]` and `gb = sum_m delta  [N]`, summed over the batch.
+
+    `delta [M, N]` and `x [M, K]`, of one type. Raises ValueError where shapes do not fit (torch: RuntimeError).
+    """
     return delta.T @ x, delta.sum(0)
 
 
@@ -95,6 +115,11 @@ def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -
 
     Parameter and gradient have any shape. Equal to `torch.optim`'s SGD, Adam and AdamW to rounding. A bfloat16 parameter is
     updated in float32 (its moments are float32) and rounded as `Update` says.
+
+    `gradient` has the parameter's shape, `state` comes from `new_state(parameter, update.rule)`. SGD: `buf <- momentum buf +
+    g`, `w <- w - lr buf`. Adam: `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `w <- w - lr m / (1 - b1^t) / (sqrt(v /
+    (1 - b2^t)) + eps)`; see the rules' own docstrings for decay and Nesterov. Returns None. Raises ValueError where the state
+    is not one of this parameter and rule (torch: RuntimeError, or an IndexError).
     """
     if parameter.dtype == torch.bfloat16:
         wide = parameter.float()
@@ -140,7 +165,12 @@ def outer_product_update_(
     bias_state: State | None,  # changed; None where there is no bias
     update: Update,
 ) -> None:
-    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place; see `update_`."""
+    """`W <- rule(W, delta^T x)` and `b <- rule(b, sum_m delta)`, in place; see `update_`.
+
+    `weight [N, K]` and `bias [N]` or None are changed, with their states; `delta [M, N]` and `x [M, K]` may be of a narrower
+    type. The gradient is that of a sum over the batch: whoever wants a mean divides `delta`. Returns None. Raises ValueError
+    where shapes or states do not fit (torch: RuntimeError).
+    """
     weight_gradient, bias_gradient = outer_product(delta, x)
     update_(weight, weight_gradient, weight_state, update)
     if bias is not None:
@@ -162,6 +192,11 @@ def linear_step_(
     """A hidden layer's whole visit: `h [M, N]` from the old weight, then the update. Returns `h` (arXiv 2304.13372, alg. 1).
 
     `h` is made from the weight's shadow where it has one.
+
+    With `a = x W^T + b`: `h = phi(a)`, `delta = scale (e B) * phi'(a)`, `W <- rule(W, delta^T x)`, `b <- rule(b, sum_m delta)`.
+    `x [M, K]`, `weight [N, K]` and `bias [N]` or None, which are changed with their states, `error [M, C]`, and `feedback [C,
+    N]`, a float or int8 matrix or a `GeneratedFeedback`. `h` is of `x`'s type. `update` says rule, learning rate and step.
+    Raises ValueError for an unknown activation, and where shapes or states do not fit (torch: RuntimeError).
     """
     source = weight if weight_state.shadow is None else weight_state.shadow
     h, delta = linear_forward(x, source, bias, activation, error, feedback, scale)
@@ -178,7 +213,12 @@ def linear_backward_update_(
     bias_state: State | None,  # changed; None where there is no bias
     update: Update,
 ) -> Tensor:
-    """For layers inside a block with an exact gradient: returns `dx = delta W  [M, K]` from the *old* weight, then updates."""
+    """For layers inside a block with an exact gradient: returns `dx = delta W  [M, K]` from the *old* weight, then updates.
+
+    `weight [N, K]` and `bias [N]` or None are changed, with their states, by `W <- rule(W, delta^T x)`, `b <- rule(b, sum_m
+    delta)`; `delta [M, N]` is the loss's gradient at the layer's pre-activation, `x [M, K]` what the layer was given. `dx` is
+    of `delta`'s type. Raises ValueError where shapes or states do not fit (torch: RuntimeError).
+    """
     source = weight if weight_state.shadow is None else weight_state.shadow
     input_gradient = delta @ source.to(delta.dtype)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update)
@@ -212,6 +252,10 @@ def head_step_(
 
     With `n = normalise(h)` (without `norm` `h` itself), `z = n W^T + b` and `g = loss_gradient(z)`: returns the gradient at
     `h [M, N]`, `g W` through the normalisation, from the old weight; then `W <- rule(W, g^T n)` and `b` likewise.
+
+    `h [M, N]` is the stage's output, `weight [C, N]` and `bias [C]` or None are changed with their states, `target [M, C]` is
+    one-hot or real, `loss` one of `LOSSES`. The result is of `h`'s type. Raises ValueError for an unknown loss, and where
+    shapes or states do not fit (torch: RuntimeError).
     """
     source = weight if weight_state.shadow is None else weight_state.shadow
     n = normalise(h) if norm else h
@@ -335,6 +379,10 @@ def output_step(
 
     `gradient` teaches the last layer, `error` is what these samples leave behind. `figures` are `losses_of` and `hits_of`, each
     `[M]`; a backend that would have to take them separately gives None.
+
+    `a [M, C]` is the last layer's pre-activation, `target [M, C]` one-hot or real. `loss` is one of `LOSSES`, `source` of
+    `SOURCES`, `link` of `LINKS`. Gradient and error are of `a`'s type. Raises ValueError for other words, and where shapes do
+    not fit (torch: RuntimeError).
     """
     figures = losses_of(a, target, loss), hits_of(a, target)
     return loss_gradient(a, target, loss), error_signal(a, target, loss, source, link), figures

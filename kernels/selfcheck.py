@@ -29,20 +29,20 @@ RULES = (SGD(lr=0.5), SGD(lr=0.5, momentum=0.5), Adam(lr=0.01))
 WIDTHS = (2, 7, 1000, 5000)  # columns of the last layer
 
 
-def sizes(half: bool, roomy: bool) -> dict[tuple[str, str], tuple[int, int, int]]:
+def sizes(half: bool, roomy: bool, multiprocessors: int = 1) -> dict[tuple[str, str], tuple[int, int, int]]:
     """(rows, outputs, inputs) by the rule's name and the tiles: the smallest that reach each tile of the tables with a rule.
 
-    `half`: products in half precision; `roomy`: see `tiles`.
+    `half`: products in half precision; `roomy`, `multiprocessors`: see `tiles`.
     """
     found: dict[tuple[str, str], tuple[int, int, int]] = {}
     grid = sorted(itertools.product(ROWS, OUTPUTS, INPUTS), key=lambda size: size[0] * size[1] * size[2])
     for number, rule in enumerate(RULES):
         for rows, outputs, inputs in grid:
             if rows <= tiles.STEP_ROWS:
-                reached = [tiles.step_tile(rows, half), tiles.step_tile(rows, half, generated=True)]
+                reached = [tiles.step_tile(rows, half, made) for made in (False, True)]
             else:
                 reached = [tiles.forward_tile(rows, outputs, half, roomy, curved) for curved in (False, True)]
-                reached.append(tiles.update_tile(outputs, inputs, half, rule.moments, roomy))
+                reached.append(tiles.update_tile(outputs, inputs, half, rule.moments, roomy, multiprocessors))
             for tile in reached:
                 found.setdefault((f"{number} {type(rule).__name__}", str(tile)), (rows, outputs, inputs))
     return found
@@ -100,12 +100,16 @@ def _differs(got: dict[str, Tensor], wanted: dict[str, Tensor], exact: bool, loo
     return None
 
 
-def _checks(ops: Ops, device: torch.device, dtype: torch.dtype, roomy: bool) -> Iterator[tuple[str, str | None]]:
+def _checks(
+    ops: Ops, device: torch.device, dtype: torch.dtype, roomy: bool, multiprocessors: int
+) -> Iterator[tuple[str, str | None]]:
     """(what was checked, what of it is wrong)."""
     generator, half = torch.Generator().manual_seed(0), dtype != torch.float32
     loose = 1e-4 if not half else 3e-2
     known = {f"{number} {type(rule).__name__}": rule for number, rule in enumerate(RULES)}
-    for word, (rows, outputs, inputs) in dict.fromkeys((word, size) for (word, _), size in sizes(half, roomy).items()):
+    for word, (rows, outputs, inputs) in dict.fromkeys(
+        (word, size) for (word, _), size in sizes(half, roomy, multiprocessors).items()
+    ):
         rule, shapes = known[word], ((rows, inputs), (outputs, inputs), (outputs,), (rows, 5))
         x, *others = (_whole(generator, *shape).to(device) for shape in shapes)
         operands = x.to(dtype), *others
@@ -120,6 +124,14 @@ def _checks(ops: Ops, device: torch.device, dtype: torch.dtype, roomy: bool) -> 
         for name, matrix, dense in (("int8", feedback.to(torch.int8), feedback), ("generated", made, made.dense(device))):
             right = _step(eager, rule, wide, dense.double(), "relu")
             yield f"{name} feedback, {where}", _differs(_step(ops, rule, operands, matrix, "relu"), right, exact)
+        classes = 70  # several turns, of which few columns count, so that sums stay exact
+        many, its = (torch.zeros(*shape, device=device) for shape in ((rows, classes), (classes, outputs)))
+        many[:, ::14], its[::14] = operands[3], feedback
+        apart = *operands[:3], many
+        right = _step(eager, rule, tuple(tensor.double() for tensor in apart), its.double(), "relu")
+        for name, matrix in (("float", its), ("int8", its.to(torch.int8))):
+            got = _step(ops, rule, apart, matrix, "relu")
+            yield f"{classes} classes and {name} feedback, {where}", _differs(got, right, exact)
         for activation in ("tanh", "gelu"):
             small = operands[0], operands[1] / 64, *operands[2:]
             right = _step(eager, SGD(lr=0.5), tuple(t.double() for t in small), feedback.double(), activation)
@@ -168,7 +180,8 @@ def fault(device: torch.device, dtype: torch.dtype, precision: str) -> str | Non
     """What is wrong with the kernels on this device, with products in this type; None if nothing is. Once a process."""
     from .gpu import ops as triton_ops
 
-    for what, wrong in _checks(triton_ops.with_precision(precision), device, dtype, triton_ops._roomy(device)):
+    room = triton_ops._roomy(device), triton_ops._multiprocessors(device)
+    for what, wrong in _checks(triton_ops.with_precision(precision), device, dtype, *room):
         if wrong is not None:
             return f"wrong {wrong} of {what}"
     return None

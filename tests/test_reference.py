@@ -86,6 +86,22 @@ def test_rules_are_those_of_torch_optim(name: str, ops: object) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_torch_without_its_private_optimizers_will_do(rule: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for missing in (False, True):
+        if missing:
+            for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"):
+                monkeypatch.delattr(torch, name)
+        x, weight, b, error, feedback = case(7, 5, 3, 2)
+        states = new_state(weight, rule), new_state(b, rule)
+        for step in (1, 2, 3):
+            eager.linear_step_(x, weight, b, error, feedback, *states, Update(rule, rule.lr, step), "tanh", 0.1)
+        found.append([weight, b, *states[0].moments, *states[1].moments])
+    for got, wanted in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_eager_step_equals_reference(rule: object, bias: bool) -> None:
     x, weight, b, error, feedback = case(50, 64, 33, 10)

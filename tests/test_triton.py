@@ -80,6 +80,15 @@ def test_the_report_has_every_tile_of_the_tables() -> None:
 
 
 @needs_triton
+def test_a_weight_that_is_short_one_way_has_tiles_by_its_shape() -> None:
+    from f3triton.kernels.gpu import tiles
+
+    small, medium = tiles.UPDATE["small"], tiles.UPDATE["medium"]
+    for shape, wanted in (((10, 50_000), small), ((256, 4096), medium), ((4096, 256), medium), ((256, 256), small)):
+        assert tiles.update_tile(*shape, multiprocessors=132) == wanted, shape
+
+
+@needs_triton
 def test_the_triton_backend_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     from f3triton.kernels.dispatch import backend
 

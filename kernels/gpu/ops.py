@@ -22,9 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import eager
+from .. import eager, reference
 from ..generated import KINDS, GeneratedFeedback
-from ..reference import NORM_EPS
 from ..rounding import parameter_seed
 from ..rules import SGD, State, Update
 from . import head as triton_head
@@ -59,6 +58,15 @@ def _current(device: torch.device) -> AbstractContextManager:
 def _entry(operation: Callable[P, R]) -> Callable[P, R]:
     """What every public operation goes through: its tensors are on one device, and the launch is on that one."""
     names = tuple(signature(operation).parameters)
+    if hasattr(reference, operation.__name__):
+        reference.explained(operation)
+    words = {
+        "activation": reference.ACTIVATIONS,
+        "loss": reference.LOSSES,
+        "source": reference.SOURCES,
+        "link": reference.LINKS,
+    }
+    words = {name: allowed for name, allowed in words.items() if name in names}
 
     @wraps(operation)
     def run(*arguments: P.args, **named: P.kwargs) -> R:
@@ -70,6 +78,8 @@ def _entry(operation: Callable[P, R]) -> Callable[P, R]:
         for name in others:
             other = tensors[name].device
             _check(other == device, f"{name} is on {other} and {first} on {device}; the Triton kernels need them on one device")
+        for name in words.keys() & given.keys():
+            _check(given[name] in words[name], f"{name} {given[name]!r} is unknown; allowed: {', '.join(words[name])}")
         with _current(device):
             return operation(*arguments, **named)
 
@@ -107,6 +117,12 @@ def _roomy(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= tiles.ROOMY
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; in the interpreter one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _in_rows(name: str, tensor: Tensor) -> Tensor:
@@ -208,7 +224,7 @@ def linear_forward(
     scale: float = 1.0,
     precision: str = "ieee",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.linear_forward`. The weight may be of a wider type than `x`. Results are of `x`'s type."""
+    """Here: in one launch; the weight may be of a wider type than `x`."""
     x = _in_rows("x", x)
     _check(weight.dim() == 2, f"weight must have two dimensions, got shape {list(weight.shape)}")
     transposed = weight.stride(0) == 1 and weight.stride(1) != 1
@@ -223,7 +239,10 @@ def linear_forward(
     sent = _sent(error, feedback, scale, x, outputs)
     outputs_unit = unit(outputs, sent.feedback_row, stored.stride(0) if transposed else 0)
     inputs_unit = unit(inputs, x.stride(0), 0 if transposed else stored.stride(0))
-    tile = tiles.forward_tile(rows, outputs, x.dtype != torch.float32, _roomy(x.device), activation in tiles.CURVED)
+    half = x.dtype != torch.float32
+    curved = activation in tiles.CURVED
+    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved)
+    many = half and not (curved and sent.kind)  # slopes and made entries at once would spill
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
         x, stored, stored if bias is None else bias, h, delta, sent.error, sent.feedback, sent.scale, sent.seed,
@@ -233,7 +252,8 @@ def linear_forward(
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, HAS_ERROR=delta is not h, TRANSPOSED=transposed,
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit,
         DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, GENERATED=sent.kind,
+        WIDTH=tiles.error_columns(sent.width, many, max(block_m, block_n), sent.feedback.is_floating_point() and not sent.kind),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h if delta is h else (h, delta)
@@ -267,7 +287,7 @@ def _launch_update(
     _check_bias(bias, outputs)
     constants = _constants(update, weight_state, weight, weight if bias is None else bias)
     more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
-    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device))
+    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device), _multiprocessors(x.device))
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
@@ -284,7 +304,7 @@ def _launch_update(
 
 @_entry
 def outer_product(delta: Tensor, x: Tensor, precision: str = "ieee") -> tuple[Tensor, Tensor]:
-    """See `reference.outer_product`; the gradients are float32."""
+    """Here: in one launch; the gradients are float32."""
     weight = torch.empty(delta.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     bias = torch.empty(delta.shape[1], dtype=torch.float32, device=x.device)
     nothing = State(())
@@ -303,7 +323,7 @@ def outer_product_update_(
     update: Update,
     precision: str = "ieee",
 ) -> None:
-    """See `reference.outer_product_update_`; `delta` and `x` may have any strides."""
+    """Here: in one launch; `delta` and `x` may have any strides."""
     _check_state("weight", weight, weight_state, update)
     _check_state("bias", bias, bias_state, update)
     _check(bias is None or bias_state.shadow is None, "a bias has a shadow; the Triton kernels read the bias itself")
@@ -325,7 +345,7 @@ def linear_step_(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.linear_step_`: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
+    """Here: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
 
     One launch has to read the weight itself for the update, and so makes `h` from it, rounded as the shadow is.
     """
@@ -346,7 +366,8 @@ def linear_step_(
     h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     sent = _sent(error, feedback, scale, x, outputs)
     outputs_unit, inputs_unit = unit(outputs, sent.feedback_row), unit(inputs, x.stride(0))
-    block_m, tile = tiles.step_tile(rows, x.dtype != torch.float32, sent.kind != 0)
+    half = x.dtype != torch.float32
+    block_m, tile = tiles.step_tile(rows, half, sent.kind != 0)
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
@@ -356,7 +377,8 @@ def linear_step_(
         x.stride(0) // inputs_unit, sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(update, weight_state, weight, other),
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit, DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, WIDTH=16, GENERATED=sent.kind,
+        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, GENERATED=sent.kind,
+        WIDTH=tiles.error_columns(sent.width, half, block_m, stored=False),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return h
@@ -373,7 +395,7 @@ def linear_backward_update_(
     update: Update,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.linear_backward_update_`: two launches, in stream order, so that `dx` sees the old weight."""
+    """Here: two launches, in stream order, so that `dx` sees the old weight."""
     source = weight if weight_state.shadow is None else weight_state.shadow
     input_gradient = linear_forward(delta, source.t(), precision=precision)
     outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
@@ -382,7 +404,7 @@ def linear_backward_update_(
 
 @_entry
 def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
-    """See `reference.update_`, for a parameter of any shape."""
+    """Here: in one launch."""
     _check_state("parameter", parameter, state, update)
     _check(gradient.shape == parameter.shape, f"gradient has shape {list(gradient.shape)}; needed: {list(parameter.shape)}")
     block, elements = tiles.ELEMENTWISE, parameter.numel()
@@ -397,7 +419,7 @@ def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -
 def output_step(
     a: Tensor, target: Tensor, loss: str, source: str, link: str = "auto"
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """See `reference.output_step`; losses are float32."""
+    """Here: in one launch; losses are float32."""
     a, target = _in_rows("a", a).contiguous(), _in_rows("target", target).contiguous()
     samples, classes = a.shape
     _check(target.shape == a.shape, f"target has shape {list(target.shape)}; needed: {list(a.shape)}")
@@ -428,7 +450,7 @@ def head_step_(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """See `reference.head_step_`: one launch to the gradients, and one for the update; more above `tiles.HEAD_CLASSES`."""
+    """Here: one launch to the gradients, and one for the update; more above `tiles.HEAD_CLASSES`."""
     h, target = _in_rows("h", h), _in_rows("target", target).contiguous()
     samples, units = h.shape
     classes = len(weight)
@@ -449,7 +471,7 @@ def head_step_(
     triton_head.head[(triton.cdiv(samples, tile.blocks[0]),)](
         h, source, source if bias is None else bias, target, normal, gradient, back,
         samples, units // units_unit, classes, h.stride(0) // units_unit,
-        LOSS=triton_output.LOSS[loss], NORMALISE=norm, HAS_BIAS=bias is not None, EPS=NORM_EPS, UNIT=units_unit,
+        LOSS=triton_output.LOSS[loss], NORMALISE=norm, HAS_BIAS=bias is not None, EPS=reference.NORM_EPS, UNIT=units_unit,
         PRECISION=precision, ROWS=tile.blocks[0], CLASSES=block, UNITS=tile.blocks[1],
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -7,6 +7,7 @@ register, shared memory within every limit); they have not been tuned on hardwar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -75,13 +76,21 @@ def forward_tile(rows: int, outputs: int, half: bool, roomy: bool = False, curve
     return FORWARD[("roomy" if roomy else "large") + ", curved" * curved]
 
 
-def update_tile(outputs: int, inputs: int, half: bool = False, more: int = 2, roomy: bool = False) -> Tile:
+def _programs(tile: Tile, *sizes: int) -> int:
+    return math.prod(-(-size // block) for size, block in zip(sizes, tile.blocks, strict=False))
+
+
+def update_tile(
+    outputs: int, inputs: int, half: bool = False, more: int = 2, roomy: bool = False, multiprocessors: int = 1
+) -> Tile:
     """For a weight `[outputs, inputs]`; `half` and `roomy` as in `forward_tile`.
 
-    `more` counts the rule's moments, and one for stochastic rounding.
+    `more` counts the rule's moments, and one for stochastic rounding. A weight that is short one way gets small tiles only
+    where larger ones would be half empty, or too few for the device's `multiprocessors`.
     """
     if min(outputs, inputs) <= 256:
-        return UPDATE["small"]
+        enough = min(outputs, inputs) > 32 and _programs(UPDATE["medium"], outputs, inputs) >= multiprocessors
+        return UPDATE["medium" if enough else "small"]
     if not (half and roomy):
         return UPDATE["medium"]
     return UPDATE[("roomy", "roomy, one more", "roomy, two more")[min(more, 2)]]
@@ -96,6 +105,16 @@ def step_tile(rows: int, half: bool, generated: bool = False) -> tuple[int, Tile
     if generated and not half and block == STEP_ROWS:
         return block, STEP_GENERATED
     return block, (STEP if half else STEP_FLOAT32)[block]
+
+
+def error_columns(width: int, half: bool, largest: int, stored: bool = True) -> int:
+    """How many of an error's `width` columns a product with the feedback takes at a time: more for many, where none spills.
+
+    `half` as in `forward_tile`; `largest` is the tile's longest side in rows and outputs, `stored` whether the feedback is a
+    matrix of floats. Without tensor cores, and in the largest tiles, all registers are taken.
+    """
+    wide = largest <= 64 and (half or stored)
+    return min(max(16, 1 << (width - 1).bit_length()), 64) if wide else 16
 
 
 def head_tile(classes: int, half: bool) -> tuple[int, Tile]:

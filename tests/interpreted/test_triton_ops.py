@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from f3triton.kernels import SGD, Adam, AdamW, GeneratedFeedback, State, Update, eager, new_state, reference
-from f3triton.kernels.gpu import ops
+from f3triton.kernels.gpu import ops, tiles
 from f3triton.kernels.rounding import parameter_seed, round_stochastic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -149,6 +149,24 @@ def test_no_bias() -> None:
         x32, w32, error32, feedback32 = on_device(x, weight, error, feedback)
         ops.linear_step_(x32, w32, None, error32, feedback32, new_state(w32, rule), None, Update(rule, 0.03, 1), "gelu")
         close("weight", w32, w, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_classes(dtype: torch.dtype) -> None:
+    """More columns of the error at a time, and some left over."""
+    half = dtype != torch.float32
+    assert tiles.error_columns(100, half, 64) == 64
+    assert tiles.error_columns(100, half, 128) == 16
+    for rows in (9, 70):
+        x, w, b, error, feedback = case(rows, 20, 33, 100)
+        for matrix in (feedback, feedback.sign().to(torch.int8), GeneratedFeedback("uniform", 100, 33, seed=5)):
+            wanted = reference.linear_forward(x, w, b, "tanh", error, matrix)
+            given = on_device(x, w, b, dtype=dtype)
+            sent = matrix.to(DEVICE, dtype) if matrix is feedback else matrix
+            sent = sent.to(DEVICE) if isinstance(sent, torch.Tensor) else sent
+            got = ops.linear_forward(*given, "tanh", error.to(DEVICE, dtype), sent)
+            for name, ours, theirs in zip(("h", "delta"), got, wanted, strict=True):
+                close(name, ours, theirs, 4e-3 if half else 1e-5)
 
 
 def test_late_adam_steps_keep_their_correction() -> None:
@@ -403,3 +421,12 @@ def test_tensors_on_two_devices_and_more_outputs_than_offsets_are_refused() -> N
     wide = torch.empty(1, 1, device="meta").expand(1 << 24, 6)
     with pytest.raises(ValueError, match="the number of outputs is 16777216"):
         ops.linear_forward(x.to("meta"), wide)
+
+
+def test_unknown_words_are_refused_by_name() -> None:
+    x, w, b, error, _ = on_device(*case(5, 6, 7, 3))
+    with pytest.raises(ValueError, match="activation 'softplus' is unknown; allowed: identity, tanh"):
+        ops.linear_forward(x, w, b, "softplus")
+    for word, given in (("loss", ("hinge", "none")), ("source", ("mse", "later")), ("link", ("mse", "none", "exp"))):
+        with pytest.raises(ValueError, match=f"{word} '{given[-1] if word != 'loss' else given[0]}' is unknown; allowed"):
+            ops.output_step(error, error, *given)
