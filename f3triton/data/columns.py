@@ -18,6 +18,7 @@ PIXELS = "pixels"  # nested lists of integers in 0..255, [H, W], [H, W, C] or [C
 VECTOR = "vector"  # a list of numbers, of one length
 NUMBER, BOOLEAN, CATEGORY = "number", "boolean", "category"
 UNUSABLE = "unusable"
+JOINED = 1 << 29  # bytes of a column that is held whole where some of its rows are needed
 
 
 @dataclass
@@ -77,9 +78,11 @@ class Table:
         """One column as a single arrow array of n values."""
         import pyarrow as pa
 
-        pieces = [piece for _, piece in self.pieces(name, size=1 << 20)]
-        pieces = [piece.dictionary_decode() if pa.types.is_dictionary(piece.type) else piece for piece in pieces]
-        whole = pa.concat_arrays(pieces) if pieces else pa.array([], self.type(name))
+        short = self.table.column(name).nbytes < JOINED  # many small chunks are joined first, which is quicker
+        pieces = replace(self, picked=None).pieces(name, 1 << 20) if short else self.pieces(name, 1 << 20)
+        arrays = [p.dictionary_decode() if pa.types.is_dictionary(p.type) else p for _, p in pieces]
+        whole = pa.concat_arrays(arrays) if arrays else pa.array([], self.type(name))
+        whole = whole if self.picked is None or not short else whole.take(pa.array(self.picked))
         try:
             whole.validate(full=True)  # readers take text for what it says that it is
         except pa.ArrowInvalid as error:
