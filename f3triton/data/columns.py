@@ -133,6 +133,25 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Tabl
     return Table(pa.table(columns), where)
 
 
+def read_numbers(rows: Table, names: list[str]) -> Table:
+    """The rows with columns of text read as numbers, an empty one as missing. Raises InputError for a word among them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = rows.table
+    for name in (name for name in names if is_text(rows.type(name))):
+        text = pc.utf8_trim_whitespace(table.column(name).cast(pa.string()))
+        text = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+        for word, digit in (("true", "1"), ("false", "0")):  # of booleans
+            text = pc.if_else(pc.equal(pc.utf8_lower(text), word), digit, text)
+        try:
+            table = table.set_column(table.column_names.index(name), name, text.cast(pa.float64()))
+        except pa.ArrowInvalid as error:
+            where = f"column {name!r} of {rows.where}"
+            raise InputError(f"{where} holds words, where numbers are needed: {one_line(error)}") from None
+    return replace(rows, table=table)
+
+
 def raw_column(raw: Any, name: str, where: str) -> list:
     """The values of one column of a list of dicts, a dict of columns or a `pandas.DataFrame`, as a list."""
     if isinstance(raw, (list, tuple)) and all(isinstance(row, Mapping) for row in raw):
