@@ -33,6 +33,7 @@ from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
 from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
+from f3triton.run.prediction import predict_run
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
@@ -148,6 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(arguments)
         if options.evaluate is not None:
             for line in evaluate_run(options, typed):
+                if not options.quiet:
+                    tell(line)
+        elif options.predict is not None:
+            for line in predict_run(options, typed):
                 if not options.quiet:
                     tell(line)
         elif options.sample is not None:

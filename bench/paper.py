@@ -20,7 +20,8 @@ import torch
 
 from f3triton import Trainer
 from f3triton.base.exceptions import InputError
-from f3triton.recipes import read_recipe, recipe_names
+from f3triton.data.columns import listed
+from f3triton.recipes import Recipe, read_recipe, recipe_names
 from f3triton.run.options import make_settings, parse
 from f3triton.run.parts import load_data, make_network, network_of
 
@@ -49,6 +50,19 @@ def run(recipe: str, name: str, seed: int, source: str, data: dict, extra: list[
         "steps": found.steps,
         "steps_per_second": round(found.steps / found.learning_seconds, 1),
     }
+
+
+def described(recipe: Recipe) -> str:
+    """What the network gets of a recipe's data, and what it is to predict."""
+    target = recipe.options.get("target", "label")
+    means = {name: f"{name}, the mean of {', '.join(parts)}" for name, parts in recipe.data.get("mean", {}).items()}
+    parts = {part for group in recipe.data.get("mean", {}).values() for part in group}
+    inputs = {name: kind for name, kind in recipe.schema.items() if name != target and name not in parts}
+    left = [name for name in recipe.data.get("names", ()) if name not in recipe.schema]
+    count = {kind: sum(value.startswith(kind) for value in inputs.values()) for kind in ("integer", "number", "word")}
+    table = f"{count['integer'] + count['number']} columns of numbers and {count['word']} of words"
+    seen = next((kind for kind in inputs.values() if kind.startswith("image")), table)
+    return f"{seen}{f', without {listed(left)}' if left else ''}; target {means.get(target, target)}"
 
 
 def over_seeds(runs: dict[str, dict], figure: str) -> tuple[float, float, int]:
@@ -110,6 +124,7 @@ def main() -> None:
         for name in recipe_names():
             recipe = read_recipe(name)
             print(f"{name}: {recipe.title}\n  data: {recipe.data.get('dataset') or recipe.data['get']}")
+            print(f"  gets: {described(recipe)}")
             print("\n".join(f"  {name}/{run}" for run in recipe.runs))
         return
     torch.set_num_threads(options.threads)

@@ -276,7 +276,7 @@ class TestEncode:
             (grey(2) / 255.0, "whole numbers from 0 to 255"),
             ([None], "holds no image in row 0 of the rows given"),
             ([{"label": 1}], "no column 'image' in the rows given"),
-            (["cat.png"], "images are"),
+            (["cat.png"], "cat.png.* cannot be read: cannot open"),
             (5, "the rows given are a int"),
             (np.zeros((2, 19)), r"shape \[2, 19\]"),
         ],

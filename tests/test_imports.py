@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "learn": LOWEST | {"network", "error_store.store"},
     "visits": {"base", "data"},
     "distributed": LOWEST | {"learn", "network"},
-    "recipes": {"base"},
+    "recipes": {"base", "data.sources"},
 }
 MAY_IMPORT["run"] = {*MAY_IMPORT}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -118,6 +119,39 @@ def test_a_table_with_categories_and_missing_values(tmp_path: Path, capsys: pyte
     assert 5 < price < 20
     assert run("--evaluate", folder) == 0
     assert "exactly as stored" in capsys.readouterr().out
+    with path.open() as file:  # as text, every value of it
+        raw = list(csv.DictReader(file))
+    assert model.predict(raw) == model.predict([{**row, "size": int(row["size"])} for row in raw])
+    with pytest.raises(f3.InputError, match="'size' of the rows given holds words, where numbers are needed"):
+        model.predict([{**raw[0], "size": "large"}])
+    assert run("--predict", folder, path, "--output-dir", tmp_path) == 0
+    assert "60 predictions" in capsys.readouterr().out
+    with (tmp_path / "table-predictions.csv").open() as file:
+        assert [float(row["prediction"]) for row in csv.DictReader(file)] == pytest.approx(model.predict(raw))
+    assert run("--predict", folder, path, "--output-dir", tmp_path) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_predict_writes_probabilities(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, test = f3.load_dataset("digits")
+    model = f3.load(digits)
+    image = tmp_path / "seven.png"
+    Image.fromarray(test.inputs[0].reshape(8, 8).numpy()).save(image)
+    expected = model(test.inputs[:1])
+    torch.testing.assert_close(model([str(image)]), expected)
+    torch.testing.assert_close(expected.sum(-1), torch.ones(1))
+    sigmoids = torch.sigmoid(model.network(test.preprocessing.normalise(test.inputs[:1])))
+    torch.testing.assert_close(expected, sigmoids / sigmoids.sum())
+    assert model.classes == tuple("0123456789")
+    assert run("--predict", digits, image, "--output-dir", tmp_path, "--quiet") == 0
+    with (tmp_path / "seven-predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prediction"] for row in rows] == model.predict([image])
+    assert [float(rows[0][f"probability of {i}"]) for i in range(10)] == pytest.approx(expected[0].tolist())
+    assert run("--predict", digits, tmp_path / "none.csv", "--output-dir", tmp_path) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert run("--predict", digits, image, "--epochs", 3) == 2
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_dry_run_prints_the_budget_and_writes_nothing(

@@ -18,6 +18,7 @@ PIXELS = "pixels"  # nested lists of integers in 0..255, [H, W], [H, W, C] or [C
 VECTOR = "vector"  # a list of numbers, of one length
 NUMBER, BOOLEAN, CATEGORY = "number", "boolean", "category"
 UNUSABLE = "unusable"
+JOINED = 1 << 29  # bytes of a column that is held whole where some of its rows are needed
 
 
 @dataclass
@@ -77,9 +78,11 @@ class Table:
         """One column as a single arrow array of n values."""
         import pyarrow as pa
 
-        pieces = [piece for _, piece in self.pieces(name, size=1 << 20)]
-        pieces = [piece.dictionary_decode() if pa.types.is_dictionary(piece.type) else piece for piece in pieces]
-        whole = pa.concat_arrays(pieces) if pieces else pa.array([], self.type(name))
+        short = self.table.column(name).nbytes < JOINED  # many small chunks are joined first, which is quicker
+        pieces = replace(self, picked=None).pieces(name, 1 << 20) if short else self.pieces(name, 1 << 20)
+        arrays = [p.dictionary_decode() if pa.types.is_dictionary(p.type) else p for _, p in pieces]
+        whole = pa.concat_arrays(arrays) if arrays else pa.array([], self.type(name))
+        whole = whole if self.picked is None or not short else whole.take(pa.array(self.picked))
         try:
             whole.validate(full=True)  # readers take text for what it says that it is
         except pa.ArrowInvalid as error:
@@ -128,6 +131,25 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Tabl
     if len(set(lengths.values())) > 1:
         raise InputError(f"columns of {where} differ in length: {lengths}")
     return Table(pa.table(columns), where)
+
+
+def read_numbers(rows: Table, names: list[str]) -> Table:
+    """The rows with columns of text read as numbers, an empty one as missing. Raises InputError for a word among them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = rows.table
+    for name in (name for name in names if is_text(rows.type(name))):
+        text = pc.utf8_trim_whitespace(table.column(name).cast(pa.string()))
+        text = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+        for word, digit in (("true", "1"), ("false", "0")):  # of booleans
+            text = pc.if_else(pc.equal(pc.utf8_lower(text), word), digit, text)
+        try:
+            table = table.set_column(table.column_names.index(name), name, text.cast(pa.float64()))
+        except pa.ArrowInvalid as error:
+            where = f"column {name!r} of {rows.where}"
+            raise InputError(f"{where} holds words, where numbers are needed: {one_line(error)}") from None
+    return replace(rows, table=table)
 
 
 def raw_column(raw: Any, name: str, where: str) -> list:

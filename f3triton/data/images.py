@@ -184,6 +184,8 @@ def _pixels_of_array(value: np.ndarray, name: str, where: str) -> np.ndarray:
 
 
 def _convert(value: Any, i: int, rows: Table, name: str) -> np.ndarray:
+    if isinstance(value, (str, Path)):
+        value = {"path": str(Path(value).expanduser())}
     if value is None or isinstance(value, (bytes, dict)):
         return _decode(_bytes_of(value, i, rows, name), i, rows, name)
     if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Variant, Whole, Word, check
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, rows_from
+from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
 from .images import convert_images, load_images, match_channels
 from .tables import Column, encode_table
 from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
@@ -57,8 +57,8 @@ class Preprocessing:
         """Raw rows as inputs [M, K]: uint8 pixels (channels first, flattened) or float32 columns; then see `normalise`.
 
         `rows` is a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset` with the columns of
-        training (others are ignored). Images may also come as a list of PIL images or arrays, or as one array or
-        tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to 255.
+        training (others are ignored); numbers may be text. Images may also come as a list of paths, PIL images or arrays, or
+        as one array or tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to 255.
         Raises InputError: a column missing or of another kind; images of another size; infinity.
         """
         if self.kind == TENSORS:
@@ -66,7 +66,9 @@ class Preprocessing:
         if self.kind == TEXT:
             return self._encode_texts(rows)
         if self.kind == TABLE:
-            return encode_table(self.columns, rows_from(rows, [column.name for column in self.columns]))[0]
+            found = rows_from(rows, [column.name for column in self.columns])
+            numeric = [column.name for column in self.columns if column.kind in (NUMBER, BOOLEAN)]
+            return encode_table(self.columns, read_numbers(found, numeric))[0]
         where = "the rows given"
         if isinstance(rows, Table):  # of a stream, which may have no end
             where = rows.where

@@ -77,8 +77,16 @@ def encode_table(columns: tuple[Column, ...], rows: Table) -> tuple[Tensor, Coun
     at = 0
     for column in columns:
         rows.require(column.name)
+        part = out[:, at : at + column.width]
+        at += column.width
         if column.kind == CATEGORY:
-            values, missing[column.name], unseen[column.name] = _encode_category(column, rows)
+            codes, missing[column.name], unseen[column.name] = _encode_category(column, rows)
+            if not column.mean:
+                known = np.flatnonzero(~np.isnan(codes))
+                part.fill(0)
+                part[known, codes[known].astype(np.int64)] = 1
+                continue
+            values = codes[:, None]
         else:
             values = _finite(numbers(rows, column.name), rows, column.name)  # [n, width]
             if values.shape[1] != column.width and not np.isnan(values).all():
@@ -86,12 +94,10 @@ def encode_table(columns: tuple[Column, ...], rows: Table) -> tuple[Tensor, Coun
                     f"column {column.name!r} of {rows.where} holds {values.shape[1]} values a row; training had {column.width}"
                 )
             missing[column.name] = int(np.isnan(values).sum())
-        if column.mean:
-            values = standardise(values, column.mean, column.std)
         with np.errstate(over="ignore"):
-            out[:, at : at + column.width] = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf)
-        _finite(out[:, at : at + column.width], rows, column.name)
-        at += column.width
+            part[:] = standardise(values, column.mean, column.std)
+        part[np.isnan(part)] = 0
+        _finite(part, rows, column.name)
     return torch.from_numpy(out), +missing, +unseen
 
 
@@ -114,22 +120,19 @@ def _fit_category(rows: Table, name: str) -> Column:
     fitted = Column(name, CATEGORY, categories=categories, coded=bool(names))
     if len(categories) != 2:
         return fitted
-    mean, std = moments(_codes(categories, column)[:, None], rows, name)
+    mean, std = moments(places_of(categories, column)[:, None], rows, name)
     return Column(name, CATEGORY, mean, std, categories, bool(names))
 
 
 def _encode_category(column: Column, rows: Table) -> tuple[np.ndarray, int, int]:
-    """Values [n, width] (NaN where there is none, for two categories), missing, unseen."""
+    """The place of each row's category [n] (NaN where there is none), missing, unseen."""
     text = words(rows, column.name, column.categories if column.coded else ())
-    codes = _codes(column.categories, text)  # [n]
+    codes = places_of(column.categories, text)  # [n]
     missing = text.null_count
-    unseen = int(np.isnan(codes).sum()) - missing
-    if column.mean:
-        return codes[:, None], missing, unseen
-    return (codes[:, None] == np.arange(len(column.categories))).astype(np.float64), missing, unseen
+    return codes, missing, int(np.isnan(codes).sum()) - missing
 
 
-def _codes(categories: tuple[str, ...], text: object) -> np.ndarray:
+def places_of(categories: tuple[str, ...], text: object) -> np.ndarray:
     """The place of each word among the categories, [n] float64; NaN where it is missing or not among them."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -140,9 +143,8 @@ def _codes(categories: tuple[str, ...], text: object) -> np.ndarray:
 
 def _finite(values: np.ndarray, rows: Table, name: str) -> np.ndarray:
     """The values; InputError that names the row where one is infinite. NaN passes: it stands for a missing value."""
-    infinite = np.isinf(values).any(axis=1)
-    if infinite.any():
-        at = int(infinite.argmax())
+    if np.isinf(values).any():
+        at = int(np.isinf(values).any(axis=1).argmax())
         raise InputError(
             f"column {name!r} holds infinity (or a value beyond float32) in {rows.row(at)}; features must be finite"
         )

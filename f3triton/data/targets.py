@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base.exceptions import InputError
 from ..base.words import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION  # noqa: F401
 from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
-from .tables import UnusableColumnError, moments, standardise
+from .tables import UnusableColumnError, moments, places_of, standardise
 
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
 MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
@@ -88,6 +88,8 @@ def fit_target(every: Table, train: Table, columns: list[str], task: str) -> Tar
         except UnusableColumnError as error:
             raise InputError(f"target {listed(columns)} of {train.where} has {error}") from error
         return Target(task, tuple(columns), tuple(names), mean=mean, std=std)
+    import pyarrow.compute as pc
+
     name = columns[0]
     classes: tuple = tuple(every.class_names.get(name, ()))
     coded = bool(classes)
@@ -96,7 +98,7 @@ def fit_target(every: Table, train: Table, columns: list[str], task: str) -> Tar
         if kind == CATEGORY:
             text = words(every, name)
             _require_all(np.asarray(text.is_null()), every, name)
-            classes = tuple(sorted(set(text.to_pylist())))
+            classes = tuple(sorted(pc.unique(text).to_pylist()))
         else:
             distinct = np.unique(_class_numbers(every, name))
             classes = tuple(bool(v) if kind == BOOLEAN else int(v) for v in distinct)
@@ -132,14 +134,17 @@ def encode_target(target: Target, rows: Table) -> Tensor:
     if isinstance(target.classes[0], str):
         text = words(rows, name, target.classes if target.coded else ())
         _require_all(np.asarray(text.is_null()), rows, name)
-        values = np.asarray(text.to_pylist(), dtype=object)
+        places = places_of(target.classes, text)  # [n]
+        ids = np.where(np.isnan(places), -1, places).astype(np.int64)
     else:
         values = _class_numbers(rows, name)
-    position = {value: i for i, value in enumerate(target.classes)}
-    ids = np.asarray([position.get(value, -1) for value in values.tolist()], dtype=np.int64)
+        known = np.asarray(target.classes, np.float64)
+        order = np.argsort(known, kind="stable")
+        ids = order[np.searchsorted(known, values, sorter=order).clip(max=len(known) - 1)]
+        ids = np.where(known[ids] == values, ids, -1)
     if len(ids) and ids.min() < 0:
         at = int(ids.argmin())
-        value = values[at] if isinstance(values[at], str) else int(values[at])
+        value = text[at].as_py() if isinstance(target.classes[0], str) else int(values[at])
         raise InputError(
             f"target column {name!r} holds class {value!r} in {rows.row(at)}, which no training row has; "
             f"classes in training: {listed(target.names)}"

@@ -5,24 +5,31 @@ A file holds `title`, `source`, perhaps a `note`, and the tables
 - `data`: `dataset`, a name on the Hugging Face hub, or `get`, where to find the file that is given by `--dataset`; `names`, the
   columns of a table without a header; `mean`, new columns that are the mean of others, which are dropped
 - `options`: options of `train.py`, by their long names with underscores; `runs`: by name, those that differ
-- `published`: by run, figures that others report for it; `schema`: the columns, for rows made up in tests
+- `published`: by run, figures that others report for it; `schema`: the columns that are used, and what is in them
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
+import zlib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..data.sources import READERS, open_source, reading
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+TYPED = {ending for ending, reader in READERS.items() if reader != "csv"}  # of files that know their columns
 
 
 @dataclass(frozen=True)
@@ -68,42 +75,65 @@ def split_name(name: str) -> tuple[str, str | None]:
     return recipe, run or None
 
 
-def open_data(recipe: Recipe, dataset: str | None) -> object:
-    """What `load_dataset` takes: the data set of the recipe, or `dataset`, with columns named and averaged as the recipe says.
+def open_data(recipe: Recipe, dataset: str | None, streaming: bool = False) -> object:
+    """What `load_dataset` (or `stream_dataset`) takes: the data set of the recipe, or `dataset` in any form that they take.
+
+    Of a table that the recipe describes (`names` or `mean`) these are its splits, with the columns of the recipe's schema, of
+    which some are averaged. Such a table may be a text file too, packed or not, with a header or without.
 
     Raises InputError where the recipe's data has to be given and is not, or does not have its columns.
     """
     source = dataset or recipe.data.get("dataset")
     if source is None:
         raise InputError(f"recipe {recipe.name!r} needs its data: {recipe.data['get']}")
-    names, mean = recipe.data.get("names"), recipe.data.get("mean")
-    if names is None and mean is None:
+    names, mean = recipe.data.get("names"), recipe.data.get("mean", {})
+    if names is None and not mean:
         return source
     path = Path(source).expanduser()
-    if not path.is_file():
-        raise InputError(f"recipe {recipe.name!r} needs the path of a file, got {source!r}: {recipe.data['get']}")
-    rows = _read_table(path, names)
-    for column, parts in (mean or {}).items():
-        missing = [part for part in parts if part not in rows.column_names]
-        if missing:
-            raise InputError(f"file {source!r} has no column {missing[0]!r}, which recipe {recipe.name!r} needs")
-        rows = rows.map(
-            lambda row, parts=parts, column=column: {column: sum(row[part] for part in parts) / len(parts)},
-            remove_columns=parts,
-        )
+    if path.is_file() and path.suffix.lower() not in TYPED:
+        splits = {"train": _read_table(path, names)}
+    else:
+        splits = open_source(source, streaming=streaming)[1]
+    return {split: _columns(recipe, rows, source, mean) for split, rows in splits.items()}
+
+
+def _columns(recipe: Recipe, rows: Any, source: str, mean: dict[str, list[str]]) -> Any:
+    """The columns of a recipe's schema, some of them replaced by their mean. Raises InputError where one is missing."""
+    found = rows.column_names or list(next(iter(rows), {}))  # a stream may not say
+    missing = [name for name in recipe.schema if name not in found]
+    if missing:
+        raise InputError(f"data set {source!r} has no column {missing[0]!r}, which recipe {recipe.name!r} needs")
+    rows = rows.select_columns(list(recipe.schema))
+    for column, parts in mean.items():
+        with reading(source):
+            rows = rows.map(_mean, batched=True, remove_columns=parts, fn_kwargs={"column": column, "parts": parts})
     return rows
 
 
+def _mean(rows: dict[str, list], column: str, parts: list[str]) -> dict[str, list]:
+    """The mean of columns; NaN, which is a missing value, where one of them is missing. Raises InputError for words."""
+    try:
+        return {column: np.mean([np.asarray(rows[part], np.float64) for part in parts], axis=0).tolist()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {column!r} is the mean of {', '.join(parts)}, which are no numbers: {error}") from None
+
+
 def _read_table(path: Path, names: list[str] | None) -> Any:
-    """Rows of a comma-separated file; its first line is a header unless columns are named. Raises InputError."""
+    """Rows of a comma-separated file. Its first line is a header, unless columns are named and it does not name them so."""
     import datasets
     import pandas
+    import pyarrow
 
+    options = {"skipinitialspace": True, "comment": "|", "sep": "\t" if ".tsv" in path.suffixes else ","}
     try:
-        frame = pandas.read_csv(path, header=0 if names is None else None, skipinitialspace=True, comment="|")
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pandas.errors.DtypeWarning)
+            first = pandas.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
+            headed = names is None or first == names
+            frame = pandas.read_csv(path, header=0 if headed else None, **options)
+        if names is not None and frame.shape[1] != len(names):
+            raise InputError(f"file {str(path)!r} has {frame.shape[1]} columns, the recipe names {len(names)}")
+        frame.columns = names or frame.columns
+        return datasets.Dataset.from_pandas(frame, preserve_index=False)
+    except (OSError, ValueError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise InputError(f"file {str(path)!r} cannot be read as a table: {str(error).splitlines()[0]}") from None
-    if names is not None and frame.shape[1] != len(names):
-        raise InputError(f"file {str(path)!r} has {frame.shape[1]} columns, the recipe names {len(names)}")
-    frame.columns = names or frame.columns
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)

@@ -237,6 +237,12 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     )
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
+    add(
+        "--predict",
+        nargs=2,
+        metavar=("FOLDER", "FILE"),
+        help="write predictions for a file's rows, or an image, as CSV, and stop",
+    )
     add("--evaluate", metavar="FOLDER", help="evaluate the model in a run's folder on its test data, and stop")
     add(
         "--exit",
@@ -370,7 +376,14 @@ def from_json(stored: object) -> argparse.Namespace:
     parser = make_parser()
     known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
     check(Fields({}, known), stored, "the run's options in config.json: it")
-    here = {"resume": None, "overwrite": False, "evaluate": None, "sample": None, "exit": None}  # are not the run's
+    here = {
+        "resume": None,
+        "overwrite": False,
+        "evaluate": None,
+        "sample": None,
+        "predict": None,
+        "exit": None,
+    }  # are not the run's
     return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
 
 

@@ -30,7 +30,7 @@ def load_data(options: argparse.Namespace, preprocessing: Preprocessing | None =
     names += ["target", "features", "image", "task", "seed"]
     source = options.dataset
     if options.recipe is not None:
-        source = open_data(read_recipe(split_name(options.recipe)[0]), source)
+        source = open_data(read_recipe(split_name(options.recipe)[0]), source, options.streaming)
     if options.streaming:
         data = stream_dataset(source, **_said(options, preprocessing, *names, "shuffle_buffer", "statistics_rows"))
     else:

@@ -12,7 +12,6 @@ from ..base.exceptions import InputError
 from ..base.seeds import check_seed
 from ..data import Preprocessing
 from ..data.preprocessing import TENSORS, TEXT
-from ..kernels.reference import prediction_of
 from ..network.sequential import Sequential
 from .folder import build_network, load_weights, read_config
 
@@ -24,8 +23,13 @@ class Predictor(nn.Module):
 
     Raw inputs are what the data set holds before any preparation: a tensor of images `[N, ...]` with values 0..255, a
     tensor of a table's columns `[N, columns]` if all are numbers, or rows (a list of dicts, a dict of columns, a data
-    frame, a `datasets` data set). `forward` gives probabilities `[N, classes]`, or values `[N, targets]` in the targets'
-    own units; `predict` gives class names or numbers.
+    frame, a `datasets` data set; numbers may be text, as `csv.DictReader` gives them, and images paths of files). `forward`
+    gives probabilities `[N, classes]`, in the order of `classes`, or values `[N, targets]` in the targets' own units;
+    `predict` gives class names or numbers.
+
+    Probabilities sum to one. After training by `bce` they are the sigmoids divided by their sum: each estimates its class's
+    probability by itself, so that of a well trained model the sum is about one already (a softmax would sharpen them). Where
+    several classes may be true at once, take `torch.sigmoid` of the network's output instead.
 
     Of a language model, rows are texts of the same number of tokens; `forward` gives the probabilities of the next token after
     each token `[N, tokens, C]`, `predict` the likeliest token after each text, and `generate` continues one.
@@ -45,19 +49,30 @@ class Predictor(nn.Module):
         names = [column.name for column in self.preprocessing.columns]
         if names and isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == len(names):
             rows = {name: rows[:, i].tolist() for i, name in enumerate(names)}
-        x = self.preprocessing.normalise(self.preprocessing.encode(rows).to(like.device), like.dtype)  # [N, K]
-        output = prediction_of(self.network(x), self.loss)
-        return self.preprocessing.unstandardise(output) if self.loss == "mse" else output
+        return self.from_inputs(self.preprocessing.encode(rows).to(like.device))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes (of a text: the tokens), in the order of the probabilities; none where numbers are predicted."""
+        return () if self.loss == "mse" else self.preprocessing.target_names
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """What `forward` gives, of encoded inputs `[N, K]` on the model's device."""
+        a = self.network(self.preprocessing.normalise(inputs, next(self.network.parameters()).dtype))  # [N, C]
+        if self.loss == "mse":
+            return self.preprocessing.unstandardise(a)
+        return torch.softmax(a if self.loss == "cross-entropy" else nn.functional.logsigmoid(a), -1)
 
     @torch.no_grad()
     def predict(self, rows: object) -> list:
         """Class names, or numbers (lists of numbers where there are several targets), one a row."""
         output = self(rows)
-        names = self.preprocessing.target_names
-        if self.preprocessing.kind == TEXT:
-            output = output[:, -1]  # [N, C]
-        if self.loss != "mse":
-            return [names[i] for i in output.argmax(-1).tolist()]
+        return self.answers(output[:, -1] if self.preprocessing.kind == TEXT else output)
+
+    def answers(self, output: Tensor) -> list:
+        """What `predict` gives, of the output `[N, C]` of `forward`."""
+        if classes := self.classes:
+            return [classes[i] for i in output.argmax(-1).tolist()]
         return output.squeeze(-1).tolist() if output.shape[-1] == 1 else output.tolist()
 
     @torch.no_grad()
