@@ -82,7 +82,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         console.record(record)
         if diagnostics is not None:
             diagnostics(record)
-        folder.keep(record, trainer.model)
+        folder.keep(record, trainer.model, options.keep_best and record is trainer.result.best)
 
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:

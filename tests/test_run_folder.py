@@ -49,8 +49,8 @@ def during(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], object], after: 
     """Let something happen after a record was written, the `after`-th (with the records so far)."""
     keep, seen = RunFolder.keep, []
 
-    def kept(self: RunFolder, record: dict, model: torch.nn.Module) -> None:
-        keep(self, record, model)
+    def kept(self: RunFolder, record: dict, model: torch.nn.Module, best: bool) -> None:
+        keep(self, record, model, best)
         seen.append(record)
         if len(seen) == after:
             do(len(seen))
@@ -85,7 +85,7 @@ def test_a_run_is_gone_once_there_is_an_evaluation(there: Path, monkeypatch: pyt
     during(monkeypatch, lambda _: before.update(now=content(there)))
     (there / "notes.txt").write_text("the user's own")
     assert run(there, "--overwrite") == 0
-    assert set(before["now"]) == {"config.json", "metrics.jsonl", "model.safetensors", "notes.txt"}
+    assert set(before["now"]) == {"config.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "notes.txt"}
     assert {path.name for path in there.iterdir()} == {*before["now"], "summary.json", "curves.png"}
     assert json.loads((there / "config.json").read_text())["options"]["seed"] == 0
 

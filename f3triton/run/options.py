@@ -26,7 +26,7 @@ from ..network.feedback import LAWS
 from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
 from ..recipes import read_recipe, recipe_names, split_name
 from ..visits.windows import DEFAULT_VISITS
-from .folder import read_json
+from .folder import WHICH, read_json
 from .samples import TEMPERATURE, TOKENS
 from .settings import Settings, count_or_word, number_or_word
 
@@ -214,6 +214,13 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")
+    add(
+        "--keep-best",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the model with the best test figure in best.safetensors, which f3.load takes; where the test split is also "
+        "what you report, that picks by it: the figures of summary.json are those of the last epoch",
+    )
     add("--eval-every", type=int, default=1, metavar="N", help="number of epochs from one evaluation to the next")
     add(
         "--compare",
@@ -236,6 +243,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         metavar="K",
         help="with --evaluate, of a run by --method local: let stage K answer, from 1, or the mean of all",
     )
+    add("--which", choices=WHICH, help="model that --evaluate and --sample take; default: best, where there is one")
     add("--drop-heads", action="store_true", help="do not keep the heads of hidden stages (--method local) in the model file")
 
 
@@ -307,6 +315,7 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         raise InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
     if options.exit is not None:
         raise InputError("--exit has no effect without --evaluate; leave it out")
+    _refuse(options, ("which",), "without --evaluate or --sample; leave it out")
     if options.checkpoint_every is None and options.keep != KEEP:
         raise InputError("--keep has no effect without --checkpoint-every; leave it out")
     if not options.streaming:
@@ -357,7 +366,14 @@ def from_json(stored: object) -> argparse.Namespace:
     parser = make_parser()
     known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
     check(Fields({}, known), stored, "the run's options in config.json: it")
-    here = {"resume": None, "overwrite": False, "evaluate": None, "sample": None, "exit": None}  # are not the run's
+    here = {
+        "resume": None,
+        "overwrite": False,
+        "evaluate": None,
+        "sample": None,
+        "exit": None,
+        "which": None,
+    }  # are not the run's
     return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
 
 

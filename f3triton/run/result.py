@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .records import Record
+from .records import Record, figure_of
 
 
 @dataclass
@@ -27,6 +27,17 @@ class FitResult:
     status: str = "running"
     workers: list[dict[str, float]] = field(default_factory=list)
     began: float | None = field(default=None, repr=False)  # when the learning that goes on now did
+
+    @property
+    def best(self) -> Record | None:
+        """The first of the evaluations with the smallest figure (see `figure_of`); None where nothing was tested."""
+        tested = [record for record in self.history if figure_of(record)]
+        return min(tested, key=lambda record: record[figure_of(record)], default=None)
+
+    @property
+    def stale(self) -> int:
+        """The number of evaluations since the best one."""
+        return 0 if self.best is None else len(self.history) - 1 - self.history.index(self.best)
 
     @contextmanager
     def learning(self) -> Iterator[None]:

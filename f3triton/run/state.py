@@ -216,7 +216,7 @@ class Keeper:
             tensors |= {f"{name}.{key}" if key else name: tensor for key, tensor in own.items()}
             state |= numbers
         steps = self.result.steps
-        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), steps, self.checkpoints.keep)
+        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state, self.checkpoints.best), steps, self.checkpoints.keep)
         self.checkpoints.on_write()
         if self.store is not None:
             there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}

@@ -15,6 +15,7 @@ from ..data.identity import digest
 from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .folder import RunFolder
+from .records import figure_of
 from .result import FitResult
 from .trainer import Trainer
 
@@ -27,9 +28,9 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     learning only; `peak_memory_bytes` is the device's where it is a GPU, else the whole process's.
     """
     last = result.history[-1] if result.history else {}
-    figure = {"classification": "test_error", "regression": "test_mse"}.get(train.task, "test_loss")
+    best = result.best or {}
+    figure = figure_of(best) or "test_loss"
     store = trainer.learner.store
-    best = min((r for r in result.history if figure in r), key=lambda r: r[figure], default={})
     return {
         "method": trainer.method,
         "error_store": None if store is None else store.describe(),
@@ -48,6 +49,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
+        "best": {key: value for key, value in best.items() if key.startswith("test_")} or None,
         "exits": None if result.status == "diverged" else exits_of(trainer, test, figure),
         "workers": result.workers or None,
         "seconds": round(seconds, 3),

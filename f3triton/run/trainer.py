@@ -163,6 +163,8 @@ class Trainer:
 
             try:
                 for epoch in range(result.epochs, epochs):
+                    if self.settings.patience is not None and result.stale >= self.settings.patience:
+                        break
                     figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
                         for visit in self._visits(order, epoch, behind, plan, steps):
@@ -288,6 +290,8 @@ class Trainer:
     ) -> Plan:
         """Raise InputError where anything does not fit, draw the feedback, and say what `fit` will do with the same
         arguments."""
+        if test is None and self.settings.patience is not None:
+            raise InputError(f"patience {self.settings.patience} needs test data to look at; give some, or leave it out")
         asked = train, test, epochs, eval_every
         if self._plan is not None and all(a is b for a, b in zip(self._planned, asked, strict=True)):
             return self._plan
