@@ -52,9 +52,8 @@ def test_the_best_model_is_kept_and_taken(tmp_path: Path, capsys: pytest.Capture
     for options, which, error in ([], "best", min(errors)), (["--which", "last"], "last", errors[-1]):
         capsys.readouterr()
         assert main(["--evaluate", str(folder), *options]) == 0
-        first, *lines = capsys.readouterr().out.splitlines()
-        assert first.startswith(f"the {which} model, ")
-        assert f"test error {error} (exactly as stored by the run)" in lines
+        told = f"test error {error} of the {which} model (exactly as stored by the run)"
+        assert told in capsys.readouterr().out.splitlines()
 
 
 def test_without_a_best_model_the_last_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

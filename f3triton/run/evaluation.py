@@ -9,7 +9,7 @@ from ..base.exceptions import InputError
 from ..base.precision import matmul_precision
 from ..data.identity import digest
 from .console import shown
-from .folder import WHICH, read_json
+from .folder import read_json
 from .options import from_json, make_settings
 from .parts import load_data
 from .predictor import load
@@ -41,14 +41,13 @@ def evaluate_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
     with matmul_precision(settings.precision):
         figures = evaluate(network, test_set.to(device), predictor.loss, settings.eval_batch_size, device, dtype)
     found = test_record(test_set, figures)
-    lines = [f"the {predictor.which} model, {WHICH[predictor.which]}"]
     told = summary if predictor.which == "last" else summary.get("best") or {}
-    lines += [] if same else ["the test data are not those of the run: other rows, or other values"]
+    lines = [] if same else ["the test data are not those of the run: other rows, or other values"]
     for name in shown(found):
         if options.exit is not None:
             lines.append(f"{name.replace('_', ' ')} {found[name]} (exit {options.exit}; the whole network: {told.get(name)})")
             continue
         before = told.get(name)
         note = "exactly as stored by the run" if found[name] == before and same else f"stored by the run: {before}"
-        lines.append(f"{name.replace('_', ' ')} {found[name]} ({note})")
+        lines.append(f"{name.replace('_', ' ')} {found[name]} of the {predictor.which} model ({note})")
     return lines
