@@ -18,6 +18,8 @@ from typing import Any
 
 from ..base.choices import check_word
 from ..base.exceptions import InputError
+from ..base.files import LARGEST_JSON, read_bytes
+from ..base.text import short
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +62,15 @@ def read_recipe(name: str) -> Recipe:
     check_word("recipe", name, recipe_names())
     content = tomllib.loads((resources.files(__package__) / f"{name}.toml").read_text(encoding="utf-8"))
     return Recipe(name, **content)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises InputError where it cannot be read, or is none."""
+    text = read_bytes(path, LARGEST_JSON)
+    try:
+        return tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} holds no valid TOML: {short(' '.join(str(error).split()))}") from None
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..base.exceptions import InputError
-from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
+from ..base.files import read_object
+from ..base.schema import ANY_OBJECT, FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
 from ..base.text import printable
 from ..data.streams import BUFFER, STATISTICS
 from ..data.targets import LANGUAGE_MODELING
@@ -24,7 +25,7 @@ from ..models.transformer import GRANULARITIES, NORMS
 from ..models.vit import EMBEDDINGS, POOLS
 from ..network.feedback import LAWS
 from ..network.stage import FEEDBACK_AT, FEEDBACK_SHAPES
-from ..recipes import read_recipe, recipe_names, split_name
+from ..recipes import read_recipe, read_toml, recipe_names, split_name
 from ..visits.windows import DEFAULT_VISITS
 from .folder import WHICH, read_json
 from .samples import TEMPERATURE, TOKENS
@@ -211,6 +212,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="write over a run in the output folder, as soon as the new one has something to show, and over its error store",
     )
+    add("--config", metavar="FILE", help="options from a TOML file (docs/runs.md), or a run's config.json; others override it")
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")
@@ -267,6 +269,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.streaming:  # one pass over the stream
         parser.set_defaults(window="auto", epochs=options.visits or DEFAULT_VISITS)
         options = parser.parse_args(arguments)
+    if options.config is not None:
+        if options.recipe is not None or options.resume is not None:
+            raise InputError(
+                f"--config and --{'recipe' if options.resume is None else 'resume'} cannot go together; leave one out"
+            )
+        parser.set_defaults(**read_options(Path(options.config).expanduser()))
+        options = parser.parse_args(arguments)
     if options.recipe is not None:
         name, run = split_name(options.recipe)
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
@@ -277,6 +286,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
         parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
+    options.config = None  # all that it says is in the others now
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
     if options.model is None:
@@ -356,6 +366,24 @@ def to_json(options: argparse.Namespace) -> dict[str, object]:
     return found
 
 
+def read_options(path: Path) -> dict[str, object]:
+    """The options in a file: a run's `config.json`, or TOML in the form of a recipe, the table `options` and perhaps `data`,
+    with the name of the data set. Raises InputError for anything else in it.
+
+    Of a run's all but its folder are taken.
+    """
+    if path.suffix == ".json":
+        return vars(from_json(read_object(path).get("options"))) | {"output_dir": None}
+    content = read_toml(path)
+    form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
+    check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
+    found = {**content.get("data", {}), **content.get("options", {})}
+    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "which", "config"} & found.keys()):
+        raise InputError(f"{str(path)!r}: {name} is for the command line only")
+    check(stored_options(), found, f"{str(path)!r}: options")
+    return found
+
+
 def whole_path(path: str) -> str:
     """A path that is the same from everywhere."""
     return str(Path(path).expanduser().resolve())
@@ -363,9 +391,7 @@ def whole_path(path: str) -> str:
 
 def from_json(stored: object) -> argparse.Namespace:
     """A run's options. Raises InputError where they are not a run's."""
-    parser = make_parser()
-    known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
-    check(Fields({}, known), stored, "the run's options in config.json: it")
+    check(stored_options(), stored, "the run's options in config.json: it")
     here = {
         "resume": None,
         "overwrite": False,
@@ -374,7 +400,12 @@ def from_json(stored: object) -> argparse.Namespace:
         "exit": None,
         "which": None,
     }  # are not the run's
-    return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
+    return argparse.Namespace(**vars(make_parser().parse_args([])) | stored | here)
+
+
+def stored_options() -> Fields:
+    """What the options in a file may be."""
+    return Fields({}, {action.dest: _schema_of(action) for action in make_parser()._actions if action.dest != "help"})
 
 
 def _schema_of(action: argparse.Action) -> Schema:
