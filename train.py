@@ -54,7 +54,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             say(line)
         return
 
-    trainer = f3.Trainer(make_network(options, network), settings=settings)
+    trainer = f3.Trainer(make_network(options, network, say), settings=settings)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
     is_text = train_set.task == LANGUAGE_MODELING
     if is_text:

@@ -306,6 +306,15 @@ def build_network(config: dict) -> Sequential:
         return build(config)
 
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a model file. Raises InputError where it is none."""
+    check_tensors(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the model {str(path)!r}: {short(str(error), 200)[1:-1]}") from None
+
+
 def load_weights(network: nn.Module, path: Path) -> None:
     """Fill a network from safetensors, after every name, shape and type has been checked. Raises InputError."""
     expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -223,6 +223,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="keep the model with the best test figure in best.safetensors, which f3.load takes; where the test split is also "
         "what you report, that picks by it: the figures of summary.json are those of the last epoch",
     )
+    add("--init-from", metavar="FOLDER", help="begin with the weights of that run's model; a last layer of other sizes is new")
     add("--eval-every", type=int, default=1, metavar="N", help="number of epochs from one evaluation to the next")
     add(
         "--compare",
@@ -245,7 +246,9 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         metavar="K",
         help="with --evaluate, of a run by --method local: let stage K answer, from 1, or the mean of all",
     )
-    add("--which", choices=WHICH, help="model that --evaluate and --sample take; default: best, where there is one")
+    add(
+        "--which", choices=WHICH, help="model that --evaluate, --sample and --init-from take; default: best, where there is one"
+    )
     add("--drop-heads", action="store_true", help="do not keep the heads of hidden stages (--method local) in the model file")
 
 
@@ -325,7 +328,10 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         raise InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
     if options.exit is not None:
         raise InputError("--exit has no effect without --evaluate; leave it out")
-    _refuse(options, ("which",), "without --evaluate or --sample; leave it out")
+    if options.init_from is None:
+        _refuse(options, ("which",), "without --evaluate, --sample or --init-from; leave it out")
+    if options.resume is not None and "--init-from" in typed:
+        raise InputError("--init-from and --resume cannot go together: a run that goes on has weights; leave one out")
     if options.checkpoint_every is None and options.keep != KEEP:
         raise InputError("--keep has no effect without --checkpoint-every; leave it out")
     if not options.streaming:
@@ -356,7 +362,7 @@ def _refuse(options: argparse.Namespace, names: tuple[str, ...], where: str) -> 
 def to_json(options: argparse.Namespace) -> dict[str, object]:
     """The options of a run, in which the names of local files and folders do not depend on where the run was started."""
     found = dict(vars(options)) | {"resume": None, "overwrite": False}
-    for name in ("dataset", "tokenizer", "text"):
+    for name in ("dataset", "tokenizer", "text", "init_from"):
         value = found[name]
         is_path = value is not None and Path(value).expanduser().exists() and not (name == "text" and options.dataset)
         if is_path and value not in ("digits", "characters", "bytes"):
@@ -378,7 +384,7 @@ def read_options(path: Path) -> dict[str, object]:
     form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
     check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
     found = {**content.get("data", {}), **content.get("options", {})}
-    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "which", "config"} & found.keys()):
+    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "config"} & found.keys()):
         raise InputError(f"{str(path)!r}: {name} is for the command line only")
     check(stored_options(), found, f"{str(path)!r}: options")
     return found
@@ -398,7 +404,6 @@ def from_json(stored: object) -> argparse.Namespace:
         "evaluate": None,
         "sample": None,
         "exit": None,
-        "which": None,
     }  # are not the run's
     return argparse.Namespace(**vars(make_parser().parse_args([])) | stored | here)
 

@@ -292,4 +292,8 @@ def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
         settings = settings | {"data": {k: v for k, v in settings["data"].items() if k != "content"}}
     other = differences(then, settings)
     if other:
-        raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")
+        course = (
+            "; its learning rate goes to zero with the last epoch: begin anew with --init-from RUN, or --lr-schedule constant"
+        )
+        way = course if then.get("epochs") != settings.get("epochs") else ""
+        raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}{way}")
