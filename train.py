@@ -26,6 +26,7 @@ from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_netw
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
+from f3triton.run.seeds import seeds_in, train_seeds
 from f3triton.run.start import Start
 from f3triton.run.summary import write_summary
 from f3triton.run.tally import Diverged
@@ -135,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = given(arguments)
     try:
+        if seeds := seeds_in(arguments):
+            return train_seeds(arguments, seeds, main, (lambda line: None) if "--quiet" in typed else tell)
         options = parse(arguments)
         if options.evaluate is not None:
             for line in evaluate_run(options, typed):

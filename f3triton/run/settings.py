@@ -157,7 +157,7 @@ class Settings:
     patience: int | None = field(default=None, metadata=about("training", parse=int, metavar="N", free=True, help=
         "stop after N evaluations that are no better than the best before them; default: never"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
-        "seed of weights, feedback, sample order and splits"))
+        "seed of weights, feedback, sample order and splits; several (--seed 0 1 2): a run with each, mean and deviation"))
 
     device: str | torch.device = field(default="auto", metadata=about("run", metavar="NAME", free=True, help=
         "device to train on: auto, cpu, cuda, cuda:1, mps, ..."))
