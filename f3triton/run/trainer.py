@@ -359,6 +359,11 @@ class Trainer:
         rows = Rows(samples, codec, self.device, targets, identity(plan.train) if is_folder(home) else None)
         return make_store(home, rows, generations, resume)
 
+    def __repr__(self) -> str:
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        network = f"{type(self.model).__name__} of {len(self.model)} stages, {numbers:,} parameters"
+        return f"Trainer({network}; {self.describe()}; {self.result})"
+
     def describe(self) -> str:
         """The settings that matter most, in one line."""
         rule = type(self.rule).__name__
