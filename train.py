@@ -37,6 +37,7 @@ from f3triton.run.prediction import predict_run
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
+from f3triton.run.seeds import seeds_in, train_seeds
 from f3triton.run.start import Start
 from f3triton.run.summary import write_summary
 from f3triton.run.tally import Diverged
@@ -65,7 +66,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             say(line)
         return
 
-    trainer = f3.Trainer(make_network(options, network), settings=settings)
+    trainer = f3.Trainer(make_network(options, network, say), settings=settings)
     trainer.check(train_set, test_set, options.epochs, options.eval_every)
     is_text = train_set.task == LANGUAGE_MODELING
     if is_text:
@@ -93,7 +94,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         console.record(record)
         if diagnostics is not None:
             diagnostics(record)
-        folder.keep(record, trainer.model)
+        folder.keep(record, trainer.model, options.keep_best and record is trainer.result.best)
 
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
@@ -146,6 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = given(arguments)
     try:
+        if seeds := seeds_in(arguments):
+            return train_seeds(arguments, seeds, main, (lambda line: None) if "--quiet" in typed else tell)
         options = parse(arguments)
         if options.evaluate is not None:
             for line in evaluate_run(options, typed):

@@ -84,7 +84,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     [
         ("config.json", ("load", "evaluate", "resume")),
         ("summary.json", ("evaluate",)),
-        ("model.safetensors", ("load", "evaluate")),
+        ("best.safetensors", ("load", "evaluate")),
         (STEP / "state.json", ("resume",)),
         (STEP / "manifest.json", ("resume",)),
         (STEP / "tensors.safetensors", ("resume",)),
@@ -139,7 +139,7 @@ def test_files_of_which_nothing_was_written(sound: Path, tmp_path: Path) -> None
     """A manifest and a header of safetensors that say so too: nothing is hashed, and nothing read."""
     shutil.copytree(sound, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000000000003")
-    for path in (tmp_path / "run" / "model.safetensors", tmp_path / "run" / STEP / "tensors.safetensors"):
+    for path in (tmp_path / "run" / "best.safetensors", tmp_path / "run" / STEP / "tensors.safetensors"):
         os.truncate(path, 1 << 32)
     manifest = json.loads((tmp_path / "run" / STEP / "manifest.json").read_text())
     manifest["files"]["tensors.safetensors"]["bytes"] = 1 << 32
@@ -147,7 +147,7 @@ def test_files_of_which_nothing_was_written(sound: Path, tmp_path: Path) -> None
     assert "were ever written" in used(tmp_path / "run", "load").err
     assert "were ever written" in used(tmp_path / "run", "resume").err
     header = b'{"x":{}, ' + b" " * (1 << 25) + b"}"
-    (tmp_path / "run" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "run" / "best.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert "has a header of 33,554,442 bytes" in used(tmp_path / "run", "load").err
 
 
@@ -161,7 +161,7 @@ def test_checkpoints_elsewhere(sound: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn, torch.complex64])
 def test_weights_of_another_type(kind: torch.dtype, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "run")
-    path = tmp_path / "run" / "model.safetensors"
+    path = tmp_path / "run" / "best.safetensors"
     save_file({name: tensor.to(kind) for name, tensor in load_file(path).items()}, path)
     with pytest.raises(f3.InputError, match="allowed: F32, F64, BF16"):
         f3.load(tmp_path / "run")

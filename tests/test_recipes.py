@@ -13,7 +13,8 @@ from test_train_script import main
 
 from f3triton.base.exceptions import InputError
 from f3triton.data import load_dataset
-from f3triton.recipes import open_data, read_recipe, recipe_names
+from f3triton.recipes import read_recipe, recipe_names
+from f3triton.recipes.tables import open_data
 from f3triton.run.options import make_parser, parse
 
 ROWS = 60

@@ -49,8 +49,8 @@ def during(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], object], after: 
     """Let something happen after a record was written, the `after`-th (with the records so far)."""
     keep, seen = RunFolder.keep, []
 
-    def kept(self: RunFolder, record: dict, model: torch.nn.Module) -> None:
-        keep(self, record, model)
+    def kept(self: RunFolder, record: dict, model: torch.nn.Module, best: bool) -> None:
+        keep(self, record, model, best)
         seen.append(record)
         if len(seen) == after:
             do(len(seen))
@@ -85,7 +85,7 @@ def test_a_run_is_gone_once_there_is_an_evaluation(there: Path, monkeypatch: pyt
     during(monkeypatch, lambda _: before.update(now=content(there)))
     (there / "notes.txt").write_text("the user's own")
     assert run(there, "--overwrite") == 0
-    assert set(before["now"]) == {"config.json", "metrics.jsonl", "model.safetensors", "notes.txt"}
+    assert set(before["now"]) == {"config.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "notes.txt"}
     assert {path.name for path in there.iterdir()} == {*before["now"], "summary.json", "curves.png"}
     assert json.loads((there / "config.json").read_text())["options"]["seed"] == 0
 
@@ -156,7 +156,7 @@ def test_what_others_delete_is_written_again(
         assert error.count("\n") == 1
         assert "while the run went on; written again" in error
     found, whole = content(tmp_path / "run"), content(tmp_path / "whole")
-    assert set(found) == set(whole)
+    assert set(found) | {"best.safetensors"} == set(whole)  # earlier weights are gone
     assert found["model.safetensors"] == whole["model.safetensors"]
     records = [
         [{k: v for k, v in json.loads(line).items() if k != "learning_seconds"} for line in files["metrics.jsonl"].splitlines()]

@@ -44,6 +44,7 @@ OTHERS = {
     "visits": {"visits": 3, "window": 100},
     "first_visit": {"first_visit": "target", "window": 100},
     "window_order": {"window_order": "turns", "window": 100},
+    "patience": {"patience": 3},
     "seed": {"seed": 7},
     "device": {"device": "cpu"},
     "backend": {"backend": "torch"},
@@ -68,7 +69,7 @@ def test_a_setting_is_a_keyword_and_decides_whether_a_run_is_the_same(name: str,
     changed, plain = trainer(**other), trainer(**without)
     assert changed.settings == f3.Settings(**other) != plain.settings
     fixed = [settings_of(made, {}, 3, 1) for made in (changed, plain)]
-    free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph"}
+    free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph", "patience"}
     free |= {"pipeline", "pipeline_split", "data_parallel", "data_parallel_by"}
     assert (fixed[0] == fixed[1]) == (name in free)
 

@@ -60,7 +60,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_everything_behind(digits: Path) -> None:
-    names = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "summary.json", "curves.png"}
     assert {path.name for path in digits.iterdir()} == names
     summary = json.loads((digits / "summary.json").read_text())
     promised = "method dataset task train_samples test_samples epochs steps train_loss test_loss test_error best_test_error"

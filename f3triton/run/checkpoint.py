@@ -44,11 +44,12 @@ CHECKPOINT_LABELS = (
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+BEST = "best.safetensors"  # the best model so far, where the run keeps one
 NAME = re.compile(r"step-(\d{12})")
 CHUNK = 1 << 22
 
 _FILE = Fields({"bytes": Whole(), "sha256": STRING})
-_MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE})})
+_MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE}, {BEST: _FILE})})
 # What `state.json` holds: where the run is, its records, and what its parts give (see `state`).
 _TALLY = {
     "sizes": Many(Whole()),
@@ -82,16 +83,17 @@ STATE_HOLDS = Fields(
 
 @dataclass
 class Snapshot:
-    """A run at one moment: `tensors` by name, and `state`, which JSON can hold."""
+    """A run at one moment: `tensors` by name, `state`, which JSON can hold, and the file of the `best` model until then."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    best: Path | None = None
 
 
 @dataclass
 class Checkpoints:
     """Where checkpoints go, and when: after every `every` steps, or with `epochs` after every `every` epochs; the last `keep`
-    of them are kept. `on_write` is called after each.
+    of them are kept. `on_write` is called after each. The file `best`, where there is one, is kept with them.
 
     Raises InputError for numbers below 1.
     """
@@ -101,6 +103,7 @@ class Checkpoints:
     epochs: bool = False
     keep: int = 2
     on_write: Callable[[], None] = lambda: None
+    best: Path | None = None
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).expanduser()
@@ -148,7 +151,9 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
         (temporary / STATE).write_text(text, encoding="utf-8")
         fault("checkpoint:state")
         files = {}
-        for name in (TENSORS, STATE):
+        if snapshot.best is not None and snapshot.best.exists():
+            shutil.copyfile(snapshot.best, temporary / BEST)
+        for name in sorted(path.name for path in temporary.iterdir()):
             sync(temporary / name)
             files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
         fault("checkpoint:synced")
@@ -274,15 +279,17 @@ def read(folder: Path) -> Snapshot:
         text = read_bytes(folder / STATE, LARGEST_JSON)
         sizes = {TENSORS: check_tensors(folder / TENSORS), STATE: len(text)}
         for name, told in manifest["files"].items():
-            if sizes[name] != told["bytes"]:
-                raise InputError(f"{name} has {sizes[name]} bytes, not {told['bytes']}")
+            size = check_tensors(folder / BEST) if name == BEST else sizes[name]
+            if size != told["bytes"]:
+                raise InputError(f"{name} has {size} bytes, not {told['bytes']}")
             if sha256(folder / name) != told["sha256"]:
                 raise InputError(f"the content of {name} is not what was written")
         state = parse_object(text, folder / STATE, nan=True)
         check(STATE_HOLDS, state, STATE)
         if folder.name != f"step-{state['steps']:012d}":
             raise InputError(f"{STATE} is that of step {state['steps']}")
-        return Snapshot(load_file(folder / TENSORS), state)
+        best = folder / BEST if BEST in manifest["files"] else None
+        return Snapshot(load_file(folder / TENSORS), state, best)
     except (InputError, OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(folder)!r} is damaged: {error}") from None
 

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def new_figure(width: float, height: float, **settings: object) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path, dpi: int = 100) -> None:
+def save(figure: Figure, path: Path | BytesIO, dpi: int = 100) -> None:
     """Write a PNG that is the same for the same figure. Raises OSError where it cannot be written."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name
@@ -114,7 +115,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
             axes.annotate(short(y), (1, max(y, foot)), color=colour, **at, **style)
 
 
-def draw_curves(path: Path, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
+def draw_curves(path: Path | BytesIO, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
     """Draw curves `[(x, y), ...]` named `method, part` into a PNG at `path`: a colour for each method, dotted lines for the
     part `train`. Points that are not finite are left out.
 

@@ -16,15 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.files import check_tensors, read_object
 from ..base.schema import ANYTHING, Fields, Word, check
 from ..base.text import short
+from ..base.words import WHICH
 from ..data.preprocessing import PREPROCESSING
 from ..kernels.words import LOSSES
 from ..models.build import NETWORK, build
 from ..network.sequential import Sequential
-from .checkpoint import save_tensors
+from .checkpoint import BEST, Snapshot, save_tensors
 from .curves import Curve, draw_curves
 from .lock import FolderLock
 
@@ -33,6 +35,7 @@ _NAMES = (
     "config.json",
     "metrics.jsonl",
     "model.safetensors",
+    BEST,
     "summary.json",
     "curves.png",
     "diagnostics.json",
@@ -40,6 +43,7 @@ _NAMES = (
 )
 _NEW = ".new"  # the folder of a run that writes over another, until it has something to show
 CHECKPOINTS = "checkpoints"
+MODEL_FILES = {"best": BEST, "last": "model.safetensors"}  # the model files
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
 _TYPES = ("F32", "F64", "BF16")  # of a model's tensors: see `base.precision`
 # What a run's configuration holds; `options` has what its options may be.
@@ -47,7 +51,7 @@ CONFIG = Fields({"loss": Word(LOSSES), "network": NETWORK, "preprocessing": PREP
 
 
 class RunFolder:
-    """Writes a run: `config.json`, `metrics.jsonl`, `model.safetensors`, `summary.json`, `curves.png`.
+    """Writes a run: `config.json`, `metrics.jsonl`, `model.safetensors`, `best.safetensors`, `summary.json`, `curves.png`.
 
     With `resume` everything that is there stays. A run that is to be written over (`overwrite`) stays until `settle`: before
     that all is written to a folder inside, `at`, which `discard` removes. Every file but the growing `metrics.jsonl` is written
@@ -140,9 +144,9 @@ class RunFolder:
             with contextlib.suppress(OSError):  # it holds something
                 self.path.rmdir()
 
-    def require_space(self, model: nn.Module) -> None:
-        """Raise InputError where the disk has no room for two copies of the model (old and new) and the small files."""
-        needed = 2 * sum(p.numel() * p.element_size() for p in model.parameters()) + _SPARE
+    def require_space(self, model: nn.Module, files: int = 1) -> None:
+        """Raise InputError where the disk has no room for two copies (old and new) of each model file, and small ones."""
+        needed = 2 * files * sum(p.numel() * p.element_size() for p in model.parameters()) + _SPARE
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise InputError(
@@ -164,8 +168,8 @@ class RunFolder:
         self.lines = [json_text(record) for record in records]
         self._write_text("metrics.jsonl", "".join(self.lines))
 
-    def keep(self, record: dict, model: nn.Module) -> None:
-        """Add a line to `metrics.jsonl` and write the model: an evaluation is there to stay."""
+    def keep(self, record: dict, model: nn.Module, best: bool = False) -> None:
+        """Add a line to `metrics.jsonl` and write the model, also as the `best` one: an evaluation is there to stay."""
         self.mend()
         path = self.at / "metrics.jsonl"
         with _named(path, "write"):
@@ -178,6 +182,8 @@ class RunFolder:
                 raise
             self.lines.append(json_text(record))
         self.save_model(model)
+        if best:
+            self.save_model(model, BEST)
         self.settle()
 
     def mend(self, model: nn.Module | None = None) -> None:
@@ -200,10 +206,18 @@ class RunFolder:
         if lost:
             self.warn(f"{' and '.join(lost)} in {str(self.path)!r} was deleted or changed while the run went on; written again")
 
-    def save_model(self, model: nn.Module) -> None:
+    def go_back(self, snapshot: Snapshot) -> None:
+        """Have the records and the best model of a checkpoint, those of later epochs not."""
+        self.write_metrics(snapshot.state["history"])
+        with _named(self.at / BEST, "remove"):
+            (self.at / BEST).unlink(missing_ok=True)
+        if snapshot.best is not None:
+            self._replace(BEST, lambda path: shutil.copyfile(snapshot.best, path))
+
+    def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
         """Write the parameters and buffers as safetensors."""
         found = {name: tensor for name, tensor in model.state_dict().items() if self.heads or not name.startswith("heads.")}
-        self._replace("model.safetensors", lambda path: save_tensors(found, path, {"format": "pt"}))
+        self._replace(name, lambda path: save_tensors(found, path, {"format": "pt"}))
 
     def draw(self, title: str, x_label: str, y_label: str, curves: dict[str, Curve]) -> None:
         """Write `curves.png`."""
@@ -275,10 +289,31 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def model_file(folder: Path, which: str | None = None) -> tuple[str, Path]:
+    """A run's `best` or `last` model (default: best, where there is one): which it is, and its file.
+
+    Raises InputError for another word, or where there is no best one.
+    """
+    best = os.path.lexists(folder / BEST)
+    which = check_word("which", which or ("best" if best else "last"), WHICH)
+    if which == "best" and not best:
+        raise InputError(f"{str(folder)!r} has no {BEST}; take the last model, or train with --keep-best")
+    return which, folder / MODEL_FILES[which]
+
+
 def build_network(config: dict) -> Sequential:
     """The network of a description (see `models.build`), its tensors without memory. Raises InputError."""
     with torch.device("meta"):
         return build(config)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a model file. Raises InputError where it is none."""
+    check_tensors(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the model {str(path)!r}: {short(str(error), 200)[1:-1]}") from None
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..base.exceptions import InputError
-from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
+from ..base.files import read_object
+from ..base.schema import ANY_OBJECT, FINITE, FLAG, STRING, Either, Fields, Many, Schema, Whole, Word, check, maybe
 from ..base.text import printable
 from ..base.words import (
     BUFFER,
@@ -32,9 +33,10 @@ from ..base.words import (
     TEMPERATURE,
     TOKENS,
     TRANSFORMER_NORMS,
+    WHICH,
 )
 from ..kernels.words import ACTIVATIONS
-from ..recipes import read_recipe, recipe_names, split_name
+from ..recipes import read_recipe, read_toml, recipe_names, split_name
 from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
@@ -218,9 +220,18 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="write over a run in the output folder, as soon as the new one has something to show, and over its error store",
     )
+    add("--config", metavar="FILE", help="options from a TOML file (docs/runs.md), or a run's config.json; others override it")
     add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")
+    add(
+        "--keep-best",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the model with the best test figure in best.safetensors, which f3.load takes; where the test split is also "
+        "what you report, that picks by it: the figures of summary.json are those of the last epoch",
+    )
+    add("--init-from", metavar="FOLDER", help="begin with the weights of that run's model; a last layer of other sizes is new")
     add("--eval-every", type=int, default=1, metavar="N", help="number of epochs from one evaluation to the next")
     add(
         "--compare",
@@ -249,6 +260,9 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         metavar="K",
         help="with --evaluate, of a run by --method local: let stage K answer, from 1, or the mean of all",
     )
+    add(
+        "--which", choices=WHICH, help="model that --evaluate, --sample and --init-from take; default: best, where there is one"
+    )
     add("--drop-heads", action="store_true", help="do not keep the heads of hidden stages (--method local) in the model file")
 
 
@@ -272,6 +286,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.streaming:  # one pass over the stream
         parser.set_defaults(window="auto", epochs=options.visits or DEFAULT_VISITS)
         options = parser.parse_args(arguments)
+    if options.config is not None:
+        if options.recipe is not None or options.resume is not None:
+            raise InputError(
+                f"--config and --{'recipe' if options.resume is None else 'resume'} cannot go together; leave one out"
+            )
+        parser.set_defaults(**read_options(Path(options.config).expanduser()))
+        options = parser.parse_args(arguments)
     if options.recipe is not None:
         name, run = split_name(options.recipe)
         parser.set_defaults(dataset=None, **read_recipe(name).options_of(run))
@@ -284,6 +305,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
         parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
+    options.config = None  # all that it says is in the others now
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
     if options.model is None:
@@ -324,6 +346,10 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         raise InputError(f"{option} has no effect with {taught}; leave it out, or choose another --method or --signal")
     if options.exit is not None:
         raise InputError("--exit has no effect without --evaluate; leave it out")
+    if options.init_from is None:
+        _refuse(options, ("which",), "without --evaluate, --sample or --init-from; leave it out")
+    if options.resume is not None and "--init-from" in typed:
+        raise InputError("--init-from and --resume cannot go together: a run that goes on has weights; leave one out")
     if options.checkpoint_every is None and options.keep != KEEP:
         raise InputError("--keep has no effect without --checkpoint-every; leave it out")
     if not options.streaming:
@@ -356,13 +382,31 @@ def to_json(options: argparse.Namespace) -> dict[str, object]:
     from ..error_store import is_folder
 
     found = dict(vars(options)) | {"resume": None, "overwrite": False}
-    for name in ("dataset", "tokenizer", "text"):
+    for name in ("dataset", "tokenizer", "text", "init_from"):
         value = found[name]
         is_path = value is not None and Path(value).expanduser().exists() and not (name == "text" and options.dataset)
         if is_path and value not in ("digits", "characters", "bytes"):
             found[name] = whole_path(value)
     if is_folder(options.error_store):
         found["error_store"] = whole_path(options.error_store)
+    return found
+
+
+def read_options(path: Path) -> dict[str, object]:
+    """The options in a file: a run's `config.json`, or TOML in the form of a recipe, the table `options` and perhaps `data`,
+    with the name of the data set. Raises InputError for anything else in it.
+
+    Of a run's all but its folder are taken.
+    """
+    if path.suffix == ".json":
+        return vars(from_json(read_object(path).get("options"))) | {"output_dir": None}
+    content = read_toml(path)
+    form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
+    check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
+    found = {**content.get("data", {}), **content.get("options", {})}
+    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "config"} & found.keys()):
+        raise InputError(f"{str(path)!r}: {name} is for the command line only")
+    check(stored_options(), found, f"{str(path)!r}: options")
     return found
 
 
@@ -373,9 +417,7 @@ def whole_path(path: str) -> str:
 
 def from_json(stored: object) -> argparse.Namespace:
     """A run's options. Raises InputError where they are not a run's."""
-    parser = make_parser()
-    known = {action.dest: _schema_of(action) for action in parser._actions if action.dest != "help"}
-    check(Fields({}, known), stored, "the run's options in config.json: it")
+    check(stored_options(), stored, "the run's options in config.json: it")
     here = {
         "resume": None,
         "overwrite": False,
@@ -384,7 +426,12 @@ def from_json(stored: object) -> argparse.Namespace:
         "predict": None,
         "exit": None,
     }  # are not the run's
-    return argparse.Namespace(**vars(parser.parse_args([])) | stored | here)
+    return argparse.Namespace(**vars(make_parser().parse_args([])) | stored | here)
+
+
+def stored_options() -> Fields:
+    """What the options in a file may be."""
+    return Fields({}, {action.dest: _schema_of(action) for action in make_parser()._actions if action.dest != "help"})
 
 
 def _schema_of(action: argparse.Action) -> Schema:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -15,7 +17,9 @@ from ..data import Dataset, Preprocessing, load_dataset, load_text, stream_datas
 from ..models.build import build, describe
 from ..network.feedback import Feedback
 from ..network.sequential import Sequential
-from ..recipes import open_data, read_recipe, split_name
+from ..recipes import read_recipe, split_name
+from ..recipes.tables import open_data
+from .folder import model_file, read_weights
 from .settings import LOCAL, Settings
 
 
@@ -60,8 +64,11 @@ def make_feedback(options: argparse.Namespace) -> Feedback:
     return Feedback(options.feedback, options.feedback_values, options.feedback_scale)
 
 
-def make_network(options: argparse.Namespace, network: dict[str, object]) -> Sequential:
-    """The network of a description: the same first weights for the same seed, whatever the method.
+def make_network(
+    options: argparse.Namespace, network: dict[str, object], say: Callable[[str], None] = lambda line: None
+) -> Sequential:
+    """The network of a description: the same first weights for the same seed, whatever the method; or those of `--init-from`,
+    of which `say` is told.
 
     Raises InputError where there is no memory for them.
     """
@@ -74,7 +81,33 @@ def make_network(options: argparse.Namespace, network: dict[str, object]) -> Seq
             "--dry-run shows what else a run needs"
         )
     torch.manual_seed(options.seed)
-    return build(network, make_feedback(options))
+    model = build(network, make_feedback(options))
+    if options.init_from is not None and options.resume in (None, "auto"):
+        start_from(model, *model_file(Path(options.init_from).expanduser(), options.which), say)
+    return model
+
+
+def start_from(model: Sequential, which: str, path: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    """Give a model the weights of a run's model file, and `say` which; a last stage of other sizes keeps its own, and heads of
+    hidden stages are new. Raises InputError where anything else does not fit."""
+    found = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith("heads.")}
+    own, last = model.state_dict(), f"stages.{len(model) - 1}."
+    others = sorted(name for name in own.keys() | found.keys() if shape_of(own, name) != shape_of(found, name))
+    for name in others:
+        if not name.startswith(last):
+            raise InputError(
+                f"cannot begin with {str(path)!r}: {name} is {shape_of(found, name)} there, and {shape_of(own, name)} here"
+            )
+    kept = {name for name in own if others and name.startswith(last)}
+    with torch.no_grad():
+        for name in own.keys() - kept:
+            own[name].copy_(found[name])
+    new = f"; its last layer is new: {shape_of(own, others[0])}, there {shape_of(found, others[0])}" if others else ""
+    say(f"begins with the {which} model of {path.parent}{new}")
+
+
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None
 
 
 METHOD_NAMES = {"local": "local errors", "bp": "backpropagation"}  # of what a run is compared with

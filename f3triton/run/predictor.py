@@ -13,7 +13,7 @@ from ..base.seeds import check_seed
 from ..data import Preprocessing
 from ..data.preprocessing import TENSORS, TEXT
 from ..network.sequential import Sequential
-from .folder import build_network, load_weights, read_config
+from .folder import build_network, load_weights, model_file, read_config
 
 LARGEST_INPUT = 1 << 27  # numbers of a sample
 
@@ -35,9 +35,12 @@ class Predictor(nn.Module):
     each token `[N, tokens, C]`, `predict` the likeliest token after each text, and `generate` continues one.
     """
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, loss: str) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, loss: str, which: str = "last") -> None:
         super().__init__()
-        self.network, self.preprocessing, self.loss = network, preprocessing, loss
+        self.network, self.preprocessing, self.loss, self.which = network, preprocessing, loss, which
+
+    def extra_repr(self) -> str:
+        return f"which={self.which!r}, loss={self.loss!r}"
 
     def forward(self, rows: object) -> Tensor:
         if torch.compiler.is_exporting():
@@ -143,8 +146,13 @@ def check_fit(network: Sequential, preprocessing: Preprocessing) -> None:
     network.prepare(example, preprocessing.target.outputs, None, positions)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", exit: int | str | None = None) -> Predictor:
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", exit: int | str | None = None, which: str | None = None
+) -> Predictor:
     """The model that a run left in its folder, in eval mode. Raises InputError where the folder holds none.
+
+    `which`: the `best` model, by the figures on the test data, or the `last`; by default the best where it was kept. The
+    predictor's `repr` begins with which it is.
 
     Of a network that has learned from local errors, `exit` says which stage answers: a number from 1, or the `mean` of all.
 
@@ -155,9 +163,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", exit: int | str
     preprocessing = Preprocessing.from_json(config["preprocessing"])
     network = build_network(config["network"])
     network.exit = check_exit(network, exit)
-    load_weights(network, folder / "model.safetensors")
+    which, path = model_file(folder, which)
+    load_weights(network, path)
     for parameter in network.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
     check_fit(network, preprocessing)
-    return Predictor(network, preprocessing, config["loss"]).to(device).eval()
+    return Predictor(network, preprocessing, config["loss"], which).to(device).eval()

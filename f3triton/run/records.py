@@ -11,6 +11,11 @@ from .tally import Figures
 Record = dict[str, float | int | str]
 
 
+def figure_of(record: Record) -> str | None:
+    """The name of the figure that says which evaluation is best; None where nothing was tested."""
+    return next((name for name in ("test_error", "test_mse", "test_loss") if name in record), None)
+
+
 def train_record(data: Dataset, figures: Figures) -> Record:
     if data.task == LANGUAGE_MODELING:
         return text_record("train", data, figures)

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 
 from torch import Tensor
 
-from .records import Record
+from .console import shown
+from .curves import draw_curves
+from .records import Record, figure_of
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """What `fit` did: epochs and steps done, one record an evaluation (`history`), and the seconds spent learning.
 
@@ -26,7 +29,39 @@ class FitResult:
     learning_seconds: float = 0.0
     status: str = "running"
     workers: list[dict[str, float]] = field(default_factory=list)
-    began: float | None = field(default=None, repr=False)  # when the learning that goes on now did
+    began: float | None = None  # when the learning that goes on now did
+
+    def __repr__(self) -> str:
+        figures = [
+            f"{name.replace('_', ' ')} {self.history[-1][name]:.4g}" for name in shown(self.history[-1] if self.history else {})
+        ]
+        if self.best is not None:
+            figures.append(f"best {self.best[figure_of(self.best)]:.4g} in epoch {self.best['epoch']}")
+        done = f"{self.status}, {self.epochs} epochs, {self.steps:,} steps, {self.learning_seconds:.1f} s"
+        return f"FitResult({done}{': ' * bool(figures)}{', '.join(figures)})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The curves, for notebooks; None before the first evaluation."""
+        figure = figure_of(self.history[-1]) if self.history else None
+        name = "loss" if figure is None else figure.removeprefix("test_")
+        curves = {
+            f"result, {part}": [(r["epoch"], r[f"{part}_{name}"]) for r in self.history if f"{part}_{name}" in r]
+            for part in ("train", "test")
+        }
+        picture = BytesIO()
+        draw_curves(picture, self.status, "epoch", "percent wrong" if name == "error" else name, curves)
+        return picture.getvalue() or None
+
+    @property
+    def best(self) -> Record | None:
+        """The first of the evaluations with the smallest figure (see `figure_of`); None where nothing was tested."""
+        tested = [record for record in self.history if figure_of(record)]
+        return min(tested, key=lambda record: record[figure_of(record)], default=None)
+
+    @property
+    def stale(self) -> int:
+        """The number of evaluations since the best one."""
+        return 0 if self.best is None else len(self.history) - 1 - self.history.index(self.best)
 
     @contextmanager
     def learning(self) -> Iterator[None]:

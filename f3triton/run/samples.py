@@ -14,11 +14,11 @@ from .predictor import Predictor, load
 
 def sample_run(options: argparse.Namespace, typed: set[str]) -> str:
     """Text from the model of the run `--sample`. Raises InputError for options that do not go with it."""
-    allowed = {"--sample", "--tokens", "--prompt", "--temperature", "--seed", "--device"}
+    allowed = {"--sample", "--tokens", "--prompt", "--temperature", "--seed", "--device", "--which"}
     refused = sorted(typed - allowed)
     if refused:
         raise InputError(f"--sample goes with {', '.join(sorted(allowed - {'--sample'}))} only, got {refused[0]}")
-    return load(options.sample, pick_device(options.device)).generate(*asked_for(options), options.seed)
+    return load(options.sample, pick_device(options.device), which=options.which).generate(*asked_for(options), options.seed)
 
 
 def sample_of(model: Sequential, data: Dataset, options: argparse.Namespace) -> str:

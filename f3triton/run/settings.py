@@ -165,8 +165,10 @@ class Settings:
         "how training images are changed at each visit: shift (by up to an eighth of their side), crop-flip (and mirrored)"))
     window_order: str | None = field(default=None, metadata=about("training", choices=ORDERS, within="windows", help=
         "windows one after the other, or two at a time in turns (A B A B), so that a pipeline does not wait; default: one"))
+    patience: int | None = field(default=None, metadata=about("training", parse=int, metavar="N", free=True, help=
+        "stop after N evaluations that are no better than the best before them; default: never"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
-        "seed of weights, feedback, sample order and splits"))
+        "seed of weights, feedback, sample order and splits; several (--seed 0 1 2): a run with each, mean and deviation"))
 
     device: str | torch.device = field(default="auto", metadata=about("run", metavar="NAME", free=True, help=
         "device to train on: auto, cpu, cuda, cuda:1, mps, ..."))
@@ -202,6 +204,8 @@ class Settings:
         for name, value in (("batch size", self.batch_size), ("eval batch size", self.eval_batch_size)):
             if not isinstance(value, int) or not 1 <= value < 1 << 31:
                 raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {value!r}")
+        if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
+            raise InputError(f"patience must be a whole number of at least 1, got {self.patience!r}")
         check_seed(self.seed)
         scale = self.hidden_scale
         if scale != "mean" and not (isinstance(scale, int | float) and math.isfinite(scale)):

@@ -16,7 +16,7 @@ from ..data.identity import identity
 from ..distributed.mesh import processes
 from ..error_store import check_home, is_folder, remove_store
 from ..learn.signal import resolve_loss
-from .checkpoint import Checkpoints, Snapshot, newest, parse_every
+from .checkpoint import BEST, Checkpoints, Snapshot, newest, parse_every
 from .folder import CHECKPOINTS, FORMAT, RunFolder, read_json
 from .identity import settings_of
 from .lock import FolderLock
@@ -84,13 +84,14 @@ class Start:
         if store is not None and not resume and not replaced:
             check_home(*store)
         folder = self.folder = RunFolder(path, self.overwrite, resume, not options.drop_heads, _warn, self.lock)
-        folder.require_space(trainer.model)
+        folder.require_space(trainer.model, 1 + options.keep_best)
         if replaced:
             remove_store(home)
             if not resume:
                 check_home(*store)
         if self.checkpoints is not None:
             self.checkpoints.folder, self.checkpoints.on_write = folder.checkpoints, self._settle
+            self.checkpoints.best = folder.at / BEST
         config = {
             "format": FORMAT,
             "network": trainer.model.config() | ({} if options.drop_heads else trainer.model.readings()),
@@ -104,13 +105,13 @@ class Start:
         if self.snapshot is None:
             folder.save_model(trainer.model)  # what is kept should the first epoch diverge
         else:
-            folder.write_metrics(self.snapshot.state["history"])
+            folder.go_back(self.snapshot)
         return folder
 
     def _settle(self) -> None:
         """After a checkpoint: it may be the first thing that there is of the run."""
         self.folder.settle()
-        self.checkpoints.folder = self.folder.checkpoints
+        self.checkpoints.folder, self.checkpoints.best = self.folder.checkpoints, self.folder.at / BEST
 
 
 def default_folder(options: argparse.Namespace) -> str:

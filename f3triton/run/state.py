@@ -222,7 +222,7 @@ class Keeper:
             tensors |= {f"{name}.{key}" if key else name: tensor for key, tensor in own.items()}
             state |= numbers
         steps = self.result.steps
-        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state), steps, self.checkpoints.keep)
+        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state, self.checkpoints.best), steps, self.checkpoints.keep)
         self.checkpoints.on_write()
         if self.store is not None:
             there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}
@@ -298,4 +298,8 @@ def require_same(snapshot: Snapshot, settings: dict[str, object]) -> None:
         settings = settings | {"data": {k: v for k, v in settings["data"].items() if k != "content"}}
     other = differences(then, settings)
     if other:
-        raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}")
+        course = (
+            "; its learning rate goes to zero with the last epoch: begin anew with --init-from RUN, or --lr-schedule constant"
+        )
+        way = course if then.get("epochs") != settings.get("epochs") else ""
+        raise InputError(f"cannot resume from a checkpoint of another run: {'; '.join(other)}{way}")

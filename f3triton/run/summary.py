@@ -16,6 +16,7 @@ from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .dry_run import budget_of
 from .folder import RunFolder
+from .records import figure_of
 from .result import FitResult
 from .trainer import Trainer
 
@@ -29,9 +30,9 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     step's activations need by arithmetic, as in `--dry-run`.
     """
     last = result.history[-1] if result.history else {}
-    figure = {"classification": "test_error", "regression": "test_mse"}.get(train.task, "test_loss")
+    best = result.best or {}
+    figure = figure_of(best) or "test_loss"
     store = trainer.learner.store
-    best = min((r for r in result.history if figure in r), key=lambda r: r[figure], default={})
     return {
         "method": trainer.method,
         "error_store": None if store is None else store.describe(),
@@ -50,6 +51,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         **{key: value for key, value in last.items() if key.startswith("test_") and key != "test_loss"},
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
+        "best": {key: value for key, value in best.items() if key.startswith("test_")} or None,
         "exits": None if result.status == "diverged" else exits_of(trainer, test, figure),
         "workers": result.workers or None,
         "seconds": round(seconds, 3),

@@ -163,6 +163,8 @@ class Trainer:
 
             try:
                 for epoch in range(result.epochs, epochs):
+                    if self.settings.patience is not None and result.stale >= self.settings.patience:
+                        break
                     figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
                         for visit in self._visits(order, epoch, behind, plan, steps):
@@ -288,6 +290,8 @@ class Trainer:
     ) -> Plan:
         """Raise InputError where anything does not fit, draw the feedback, and say what `fit` will do with the same
         arguments."""
+        if test is None and self.settings.patience is not None:
+            raise InputError(f"patience {self.settings.patience} needs test data to look at; give some, or leave it out")
         asked = train, test, epochs, eval_every
         if self._plan is not None and all(a is b for a, b in zip(self._planned, asked, strict=True)):
             return self._plan
@@ -354,6 +358,11 @@ class Trainer:
 
         rows = Rows(samples, codec, self.device, targets, identity(plan.train) if is_folder(home) else None)
         return make_store(home, rows, generations, resume)
+
+    def __repr__(self) -> str:
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        network = f"{type(self.model).__name__} of {len(self.model)} stages, {numbers:,} parameters"
+        return f"Trainer({network}; {self.describe()}; {self.result})"
 
     def describe(self) -> str:
         """The settings that matter most, in one line."""
