@@ -105,6 +105,8 @@ CHOICES = [
     {"method": "drtp", "optimizer": f3.SGD(lr=0.05, momentum=0.9)},
     {"method": "dfa"},
     {"method": "bp"},
+    {"sampling": "error"},
+    {"method": "bp", "sampling": "error"},
     {"method": "bp", "optimizer": f3.SGD(lr=0.05, momentum=0.9, nesterov=True)},
     {"method": "bp", "optimizer": f3.SGD(lr=0.05)},
     {"method": "fa"},

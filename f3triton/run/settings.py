@@ -32,6 +32,7 @@ from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.signal import METHODS, SIGNALS, Signal, resolve_signal
 from ..network.updater import RULES, make_rule
+from ..visits.sampled import SAMPLINGS
 from ..visits.windows import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS, Windows, resolve_windows
 from .schedule import SCHEDULES, make_schedule
 
@@ -154,6 +155,9 @@ class Settings:
         "how training images are changed at each visit: shift (by up to an eighth of their side), crop-flip (and mirrored)"))
     window_order: str | None = field(default=None, metadata=about("training", choices=ORDERS, within="windows", help=
         "windows one after the other, or two at a time in turns (A B A B), so that a pipeline does not wait; default: one"))
+    sampling: str = field(default="uniform", metadata=about("training", choices=SAMPLINGS, within="sampling", help=
+        "samples of an epoch: uniform (each once), or error (drawn by the size of their last error, anew at each quarter of an "
+        "epoch, after a first epoch of all)"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits"))
 
@@ -201,6 +205,9 @@ class Settings:
             raise InputError(f"error rank {self.error_rank!r} has no effect with the method {self.method!r}; leave it out")
         self._check_local()
         self._check_workers()
+        if self.sampling == "error" and (self.windows is not None or self.data_parallel > 1):
+            other = "windows" if self.windows is not None else "data parallel"
+            raise InputError(f"sampling 'error' does not go with {other}; use sampling 'uniform'")
         if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
             raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
 
@@ -323,6 +330,8 @@ class Settings:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
         if self.augment != "none":
             resolved["augment"] = self.augment
+        if self.sampling != "uniform":
+            resolved["sampling"] = self.sampling
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
 
 
