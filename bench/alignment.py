@@ -40,7 +40,7 @@ def networks(quick: bool) -> list[tuple[str, int]]:
     depths = DEPTHS[:3] if quick else DEPTHS
     kinds = ["tanh", BATCHNORM] if quick else [*EXTRAS, BATCHNORM]
     found = [(kind, depth) for depth in depths for kind in kinds if depth > 1 or "skips" not in kind]
-    return found if quick else [*found, (VIT, 2), (VIT, 4)]
+    return found if quick else sorted([*found, (VIT, 2), (VIT, 4)], key=lambda one: one[1])  # the cheapest first
 
 
 def network(kind: str, depth: int, data: f3.Dataset, width: int) -> f3.Sequential:

@@ -107,6 +107,7 @@ CHOICES = [
     {"method": "bp"},
     {"sampling": "error"},
     {"method": "bp", "sampling": "error"},
+    {"kind": "gpt", "sampling": "error"},
     {"method": "bp", "optimizer": f3.SGD(lr=0.05, momentum=0.9, nesterov=True)},
     {"method": "bp", "optimizer": f3.SGD(lr=0.05)},
     {"method": "fa"},
