@@ -28,6 +28,8 @@ NOT_ALONE |= {"error_store_peers", "local_tried", "tritons", "pipeline_simulatio
 NEEDS_GPU = {"kernels"}
 # arguments of the committed results, beside --output; of a benchmark of several tasks by each
 FULL = {
+    "alignment": ["--mnist", "{mnist}"],
+    "depth": ["--data", "{sgemm}"],
     "error_codecs": ["--mnist", "{mnist}"],
     "gpt": ["--text", "{text}"],
     "kernel_report": ["--arch", "all"],
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--mnist", metavar="DATASET", help="hub name or folder, for --full")
     parser.add_argument("--wine", metavar="DATASET", help="folder of Wine Quality, for --full")
     parser.add_argument("--cifar10", metavar="DATASET", help="hub name or folder, for --full")
+    parser.add_argument("--sgemm", metavar="PATH", help="SGEMM, a folder or a table, for --full")
     parser.add_argument("--text", metavar="FILE", help="Tiny Shakespeare, for --full")
     parser.add_argument("--output", type=Path, help="folder of the results; default: a new one, with --full bench/results")
     options = parser.parse_args()
@@ -112,7 +115,9 @@ def main() -> None:
     output = options.output or (RESULTS if options.full else Path(tempfile.mkdtemp(prefix="f3triton-bench-")))
     output.mkdir(parents=True, exist_ok=True)
     failed = run_all(
-        options.quick, output.resolve(), {name: getattr(options, name) for name in ("mnist", "wine", "cifar10", "text")}
+        options.quick,
+        output.resolve(),
+        {name: getattr(options, name) for name in ("mnist", "wine", "cifar10", "sgemm", "text")},
     )
     print(f"results in {output}")
     if failed:

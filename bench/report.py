@@ -91,8 +91,28 @@ def compiled_table() -> str:
 
 def time_table() -> str:
     rows = [row for row in read_result("time-to-accuracy.json")["rows"] if row["metric"] == "seconds to the target"]
-    lines = [[row["method"], row["epochs"], f"{row['steps']:,}", f"{row['median']:.0f}"] for row in rows]
+    lines = [
+        [
+            f"{row['method']}{', ' * ('network' in row)}{row.get('network', '')}",
+            row["epochs"],
+            f"{row['steps']:,}",
+            f"{row['median']:.0f}",
+        ]
+        for row in rows
+    ]
     return f"{table(['', 'epochs of the run', 'steps', 'seconds'], lines)}\n\n{source('time-to-accuracy.json')}"
+
+
+def depth_table() -> str:
+    from .depth import show
+
+    return f"{show(read_result('depth.json')['runs'])}\n\n{source('depth.json')}"
+
+
+def alignment_table() -> str:
+    from .alignment import show
+
+    return f"{show(read_result('alignment.json')['runs'])}\n\n{source('alignment.json')}"
 
 
 def gpt_table() -> str:
@@ -209,6 +229,8 @@ TABLES = {
     "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
     "kernels-compiled": compiled_table,
     "time-to-accuracy": time_table,
+    "depth": depth_table,
+    "alignment": alignment_table,
 }
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 

@@ -58,6 +58,8 @@ CHOICES: dict[str, dict[str, object]] = {
     "windows, target": {"window": 24, "visits": 2, "first_visit": "target"},
     "windows, stale": {"window": 24, "visits": 2, "first_visit": "stale"},
     "turns": {"window": 16, "visits": 2, "window_order": "turns"},
+    "drawn by error": {"sampling": "error"},
+    "local, drawn by error": {"method": "local", "sampling": "error"},
     "int8": {"error_dtype": "int8"},
     "top-2": {"error_dtype": "top-2"},
     "bfloat16 weights": {"precision": "bfloat16-weights"},

@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 METHODS = ("f3", "drtp", "dfa", "sdfa", "local", "fa", "bp", "last-layer")
 SIGNALS = (*SOURCES, "local-error")
 ORDERS = ("one", "turns")
+SAMPLINGS = ("uniform", "error")
 FIRST_VISITS = ("skip", "target", "stale")
 DEFAULT_VISITS = 5
 AUTO_BATCHES = 10  # a window's size in batches, for `auto`

@@ -26,6 +26,18 @@ def losses_by_sample(a: Tensor, target: Tensor, loss: str) -> Tensor:
     return (a - target).square().mean(-1)
 
 
+@torch.no_grad()
+def error_sizes(losses: Tensor, loss: str, outputs: int, positions: int = 1) -> Tensor:
+    """How large the errors of samples are, `[samples]`, by the losses of their predictions, `[samples * positions]`.
+
+    For classes it is one minus the probability that the network gives to the whole target (`cross-entropy`: half of the sum
+    of the error's sizes, `bce`: for one output the error's), for values (`mse`) the root of the mean square. Of several
+    positions it is the mean.
+    """
+    sizes = losses.sqrt() if loss == "mse" else -torch.expm1(-losses * (outputs if loss == "bce" else 1))
+    return sizes if positions == 1 else sizes.view(-1, positions).mean(1)
+
+
 def hits(a: Tensor, target: Tensor) -> Tensor:
     """Whether each row's largest output stands where its target's largest entry stands, `[M]`."""
     return a.argmax(-1) == target.argmax(-1)

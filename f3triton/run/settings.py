@@ -30,6 +30,7 @@ from ..base.words import (
     ORDERS,
     PRECISIONS,
     RATES,
+    SAMPLINGS,
     SIGNALS,
 )
 from ..kernels.words import BACKENDS, LINKS, LOSSES
@@ -167,6 +168,9 @@ class Settings:
         "windows one after the other, or two at a time in turns (A B A B), so that a pipeline does not wait; default: one"))
     patience: int | None = field(default=None, metadata=about("training", parse=int, metavar="N", free=True, help=
         "stop after N evaluations that are no better than the best before them; default: never"))
+    sampling: str = field(default="uniform", metadata=about("training", choices=SAMPLINGS, within="sampling", help=
+        "samples of an epoch: uniform (each once), or error (drawn by the size of their last error, anew at each quarter of an "
+        "epoch, after a first epoch of all)"))
     seed: int = field(default=0, metadata=about("training", metavar="N", help=
         "seed of weights, feedback, sample order and splits; several (--seed 0 1 2): a run with each, mean and deviation"))
 
@@ -220,6 +224,9 @@ class Settings:
             raise InputError(f"error rank {self.error_rank!r} has no effect with the method {self.method!r}; leave it out")
         self._check_local()
         self._check_workers()
+        if self.sampling == "error" and (self.windows is not None or self.data_parallel > 1):
+            other = "windows" if self.windows is not None else "data parallel"
+            raise InputError(f"sampling 'error' does not go with {other}; use sampling 'uniform'")
         if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
             raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
 
@@ -360,6 +367,8 @@ class Settings:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
         if self.augment != "none":
             resolved["augment"] = self.augment
+        if self.sampling != "uniform":
+            resolved["sampling"] = self.sampling
         return {name: getattr(self, name) for name in own} | resolved | {"rule": repr(self.rule)}
 
 

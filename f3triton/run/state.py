@@ -22,6 +22,7 @@ from ..distributed.replicas import DataParallel
 from ..distributed.ring import Alone
 from ..error_store import ErrorStore
 from ..learn.step import Learner
+from ..visits.sampled import SampledOrder
 from ..visits.streams import StreamWindows
 from . import checkpoint
 from .checkpoint import STATE_HOLDS, Checkpoints, Snapshot, differences
@@ -107,6 +108,19 @@ class Stream:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.windows.restore(state["stream"])
+
+
+class Sampling:
+    """The sizes of errors by which samples are drawn."""
+
+    def __init__(self, order: SampledOrder) -> None:
+        self.tensors = {"sizes": order.sizes, "drawn_by": order.drawn_by}
+
+    def state(self) -> State:
+        return self.tensors, {}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        fill(self.tensors, tensors, "the sizes of errors")
 
 
 class Generators:

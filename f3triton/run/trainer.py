@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
 from ..kernels.times import Work
 from ..learn.local import Local
+from ..learn.loss import error_sizes, losses_by_sample
 from ..learn.narrow import Narrow
 from ..learn.peers import make_learner, require_linear
 from ..learn.signal import Signal, resolve_loss
@@ -38,6 +40,7 @@ from ..network.sequential import Sequential
 from ..network.updater import Arithmetic
 from ..visits.epochs import EpochOrder
 from ..visits.order import Order, planned
+from ..visits.sampled import SampledOrder
 from ..visits.streams import StreamOrder, StreamWindows, check_stream
 from ..visits.windows import WindowOrder, check_epochs, steps_per_epoch
 from .checkpoint import Checkpoints, Snapshot
@@ -47,7 +50,7 @@ from .records import Record, test_record, train_record
 from .result import FitResult
 from .schedule import make_schedule
 from .settings import Settings, takes_settings
-from .state import Errors, Generators, Keeper, Moments, Network, Part, Stream
+from .state import Errors, Generators, Keeper, Moments, Network, Part, Sampling, Stream
 from .tally import Diverged, Tally, evaluate, slots
 from .workers import arrange, help_along, lead, replicas_of, reuse_lines, rows_are_alike
 
@@ -155,11 +158,15 @@ class Trainer:
             flow, order, keeper, tally = self._begin(plan, settings, batches, checkpoints, resume, cleanup)
             steps, behind = result.steps, tally.batches  # of an epoch that was begun before
 
-            def done(samples: int, output: Output) -> None:
+            def done(index: Tensor, output: Output) -> None:
                 result.steps += 1
                 tally.add(output, result.steps)
+                if isinstance(order, SampledOrder):
+                    losses = output.sample_losses
+                    losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
+                    order.note(index, error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions))
                 if on_step is not None:
-                    on_step(samples)
+                    on_step(len(index))
 
             try:
                 for epoch in range(result.epochs, epochs):
@@ -167,9 +174,9 @@ class Trainer:
                         break
                     figures: Record = {}
                     with result.learning(), matmul_precision(self.precision):
-                        for visit in self._visits(order, epoch, behind, plan, steps):
+                        for visit in self._visits(order, epoch, behind, plan, steps, flow):
                             steps += 1
-                            flow.visit(visit, plan.lr_at(steps), partial(done, len(visit.index)))
+                            flow.visit(visit, plan.lr_at(steps), partial(done, visit.index))
                             keeper.after_step(steps)
                         behind = 0
                         if self.learner.store is not None and self.learner.store.reads_ahead:
@@ -208,6 +215,8 @@ class Trainer:
             cleanup.callback(FolderLock(checkpoints.folder).release)
         if self.windows is not None and batches is not None:
             raise InputError("batches of your own and windows cannot go together; leave one out")
+        if self.settings.sampling != "uniform" and batches is not None:
+            raise InputError("batches of your own and sampling 'error' cannot go together; leave one out")
         self.model.train()
         stream = None
         if isinstance(train, StreamDataset):
@@ -237,6 +246,7 @@ class Trainer:
         }
         parts |= {} if store is None else {"errors": Errors(store)}
         parts |= {} if stream is None else {"stream": Stream(stream)}
+        parts |= {"sampling": Sampling(order)} if isinstance(order, SampledOrder) else {}
         parts |= {"tally": tally, "random": Generators(device)}
         known = order.steps_per_epoch if batches is None else None
         keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known, self.replicas)
@@ -249,6 +259,8 @@ class Trainer:
     def order_of(self, plan: Plan, where: torch.device, batches: Callable[[int], Iterable[Tensor]] | None = None) -> Order:
         """The order of the run's visits, their tensors on the device `where`."""
         count = len(plan.train)
+        if self.settings.sampling == "error":
+            return SampledOrder(count, self.batch_size, self.seed, where, self.device)
         if self.windows is None:
             return EpochOrder(count, self.batch_size, self.seed, where, batches)
         kind = StreamOrder if isinstance(plan.train, StreamDataset) else WindowOrder
@@ -274,12 +286,19 @@ class Trainer:
         """How its updates are computed."""
         return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed)
 
-    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int) -> Iterable[Visit]:
-        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead."""
-        visits, store = order.visits(epoch, skip), self.learner.store
-        visits = (visit._replace(number=number) for number, visit in enumerate(visits, steps))
+    def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int, flow: Alone) -> Iterator[Visit]:
+        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead, but not
+        past a draw, before which all else is done."""
+        store, numbers, sampled = self.learner.store, itertools.count(steps), isinstance(order, SampledOrder)
         plans = store is not None and store.reads_ahead and self.seat.workers == 1
-        return visits if not plans else planned(visits, store.plan, plan.train.device)
+        parts = order.parts(epoch, skip) if sampled else iter([order.visits(epoch, skip)])
+        if sampled:
+            flow.drain()
+        for part in parts:
+            visits = (visit._replace(number=number) for visit, number in zip(part, numbers, strict=False))
+            yield from planned(visits, store.plan, plan.train.device) if plans else visits
+            if sampled:
+                flow.drain()
 
     def check(
         self,

@@ -1,0 +1,123 @@
+"""Test error on SGEMM by depth, 1 to 100 hidden layers: F3, DFA and backpropagation, each with a learning rate of its own.
+
+    python -m bench.depth --data path/to/sgemm           a folder of Parquet, or sgemm_product.csv
+    python -m bench.depth --quick                        made-up rows, three depths
+
+The paper trains layers of 500 units for 200 epochs; here they have 100 units, and a run is short (see `settings` there). Up to
+25 layers every method gets the same three learning rates; that with the least error on a validation split counts, and only its
+test error is shown; deeper networks take the rate of 25 layers. Cells are done in the order of their depth, and one that is in
+the result file is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import f3triton as f3
+
+from .common import RESULTS, result, row, save, table
+
+DEPTHS = (1, 2, 5, 10, 25, 50, 100)
+METHODS = ("f3", "dfa", "bp")
+RATES = (5e-4, 2e-3, 8e-3)
+TUNED = 25  # hidden layers; deeper networks take the rate that was best here
+SETTINGS = {"width": 100, "rows": 10_000, "epochs": 5, "batch_size": 128, "activation": "tanh", "rates": RATES}
+QUICK = {"width": 20, "rows": 1000, "epochs": 2, "batch_size": 50, "activation": "tanh", "rates": RATES[:2]}
+
+Arrays = tuple[Tensor, Tensor]
+
+
+def read(path: Path) -> Arrays:
+    """Settings `[rows, 14]` and the mean of the four run times `[rows, 1]`, float32."""
+    import pandas
+
+    frame = pandas.read_parquet(path) if path.is_dir() or path.suffix == ".parquet" else pandas.read_csv(path)
+    values = torch.from_numpy(frame.to_numpy("float32", copy=True))
+    return values[:, :-4], values[:, -4:].mean(1, keepdim=True)
+
+
+def made_up() -> Arrays:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 14, generator=generator)
+    return x, torch.sin(x @ torch.randn(14, 1, generator=generator))
+
+
+def divided(data: Arrays, rows: int) -> list[Arrays]:
+    """Training, validation and test part, standardised by the training part: `rows`, then twice a quarter."""
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(0))
+    parts = [[t[part] for t in data] for part in order[: rows * 3 // 2].split([rows, rows // 4, rows - rows // 4 - rows // 2])]
+    mean, scale = ([f(t) for t in parts[0]] for f in (lambda t: t.mean(0), lambda t: t.std(0).clamp_min(1e-6)))
+    return [tuple((t - m) / s for t, m, s in zip(part, mean, scale, strict=True)) for part in parts]
+
+
+def run(parts: list[Arrays], method: str, depth: int, lr: float, settings: dict) -> dict:
+    """Errors on validation and test part after the last epoch; infinite where the loss was."""
+    sizes = [parts[0][0].shape[1], *[settings["width"]] * depth, 1]
+    model = f3.models.MLP(sizes, settings["activation"], seed=1)
+    trainer = f3.Trainer(model, "mse", method=method, lr=lr, batch_size=settings["batch_size"], seed=1, device="cpu")
+    began = time.process_time()
+    try:
+        trainer.fit(parts[0], settings["epochs"], eval_every=settings["epochs"])
+        found = [trainer.evaluate(part)["test_mse"] for part in parts[1:]]
+    except f3.Diverged:
+        found = [math.inf, math.inf]
+    seconds = round(time.process_time() - began, 1)
+    return {"validation": found[0], "test": found[1], "cpu_seconds": seconds, "load": round(os.getloadavg()[0], 1)}
+
+
+def best(runs: dict[str, dict], method: str, depth: int) -> tuple[str, dict] | None:
+    """(rate, run) of the least error on the validation part, of the runs that there are."""
+    own = {key.rpartition(" ")[2]: one for key, one in runs.items() if key.startswith(f"{method}, {depth} hidden,")}
+    return min(own.items(), key=lambda item: item[1]["validation"]) if own else None
+
+
+def show(runs: dict[str, dict]) -> str:
+    """Test errors, with the learning rate that was chosen."""
+    depths = [depth for depth in DEPTHS if best(runs, METHODS[-1], depth)]
+    lines = []
+    for method in METHODS:
+        found = [best(runs, method, depth) for depth in depths]
+        lines.append([method, *("" if one is None else f"{one[1]['test']:.4f} ({float(one[0]):g})" for one in found)])
+    return table(["test MSE (learning rate), by hidden layers", *map(str, depths)], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="PATH", help="SGEMM: a folder of Parquet, or a table")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="default: bench/results/depth.json; with --quick, depth-quick.json")
+    options = parser.parse_args()
+    if (options.data is None) != options.quick:
+        parser.error("give --data PATH or --quick")
+    torch.set_num_threads(1)
+    settings, depths = (QUICK, (1, 2, 5)) if options.quick else (SETTINGS, DEPTHS)
+    output = options.output or RESULTS / ("depth-quick.json" if options.quick else "depth.json")
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    parts = divided(made_up() if options.quick else read(options.data), settings["rows"])
+    for depth in depths:
+        for method in METHODS:
+            chosen = best(runs, method, TUNED) if depth > TUNED else None
+            for lr in settings["rates"] if chosen is None else [float(chosen[0])]:
+                key = f"{method}, {depth} hidden, lr {lr:g}"
+                if key not in runs:
+                    runs[key] = run(parts, method, depth, lr, settings)
+                    print(f"{key}: {runs[key]}", flush=True)
+        rows = [
+            row(method, at, "test MSE", best(runs, method, at)[1]["test"], x_name="hidden layers", part="SGEMM", scale="log")
+            for method in METHODS
+            for at in depths[: depths.index(depth) + 1]
+        ]
+        save(output, result("depth", rows, {"threads": 1, "seed": 1, **settings}, runs=runs))
+    print(show(runs))
+
+
+if __name__ == "__main__":
+    main()
