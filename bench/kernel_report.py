@@ -134,9 +134,10 @@ def cases() -> list[Case]:
     found += [Case("step", (rows, 784, 500, 10), "bf16", weight="bf16") for rows in (16, 32, 50)]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
     for moments in ("bfloat16", "int8"):
-        narrow = [Case("update", (256, 500, 500, 1), dtype, rule) for dtype in ("fp32", "bf16") for rule in ("momentum", "adam")]
+        rules = ("momentum", "adam")
+        narrow = [Case("update", (256, 500, 500, 1), dtype, rule) for dtype in ("fp32", "bf16") for rule in rules]
         narrow += [Case("update", (50, 500, 10, 1), dtype) for dtype in ("fp32", "bf16")]
-        narrow += [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in ("momentum", "adam")]
+        narrow += [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in rules]
         narrow += [Case("step", (rows, 784, 500, 10), dtype) for rows in (16, 32, 50) for dtype in ("fp32", "bf16")]
         narrow += [Case("step", (50, 784, 500, 10), dtype, feedback="trinomial") for dtype in ("fp32", "bf16")]
         narrow += [replace(case, weight="bf16") for case in narrow if case.dtype == "bf16"]
@@ -215,7 +216,9 @@ def launch_of(case: Case) -> Launch:
         feedback = GeneratedFeedback(case.feedback, c, n, seed=1)
     states = new_state(weight, rule, 0, dtype if dtype != torch.float32 else None, case.moments), new_state(bias, rule, 1)
     shadow = weight if states[0].shadow is None else states[0].shadow
-    update = Update(rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None)
+    update = Update(
+        rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None
+    )
     chosen = triton_ops._roomy
     triton_ops._roomy = lambda device: case.roomy
     try:

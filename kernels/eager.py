@@ -28,7 +28,7 @@ from .rules import SGD, Moments, State, Update
 aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
-NARROW_SCRATCH = 1 << 17  # the same of moments in bfloat16 or int8, whose rounding takes more buffers of that size
+NARROW_SCRATCH = 1 << 16  # the same of moments in bfloat16 or int8, whose rounding takes more buffers of that size
 _here = sys.modules[__name__]
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
 READS_SHADOWS = False  # a copy of the weight in half precision would save nothing here
@@ -235,7 +235,12 @@ def outer_product_update_(
         delta = delta.to(x.dtype)
     left = delta.t()  # [N, M]
     narrow = is_narrow(weight_state.moments)
-    if rows * columns <= max(SCRATCH, columns) and not narrow and weight.dtype != torch.bfloat16 and weight_state.shadow is None:
+    if (
+        rows * columns <= max(SCRATCH, columns)
+        and not narrow
+        and weight.dtype != torch.bfloat16
+        and weight_state.shadow is None
+    ):
         parameters, gradients, moments = [weight], [_weight_gradient(left, x, weight.dtype)], [weight_state.moments]
         if bias is not None:
             parameters.append(bias)

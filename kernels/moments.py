@@ -7,8 +7,8 @@ the largest magnitude of the block, kept in float32,
     value = s sign(q) (q / L)^2,
 
 so `q` is a square root: of Adam's v what it divides by. Levels lie close near zero, where m over sqrt(v) needs them: levels one
-apart would let a small v lose its m's last bits, or vanish under an m that did not. An entry of v above zero keeps a level of at
-least 1 for that reason. A value between two levels becomes the upper one with the probability that makes the mean right, for a
+apart would let a small v lose its m's last bits, or vanish under an m that did not. An entry of v above zero keeps at least
+level 1 for that reason. A value between two levels becomes the upper one with the probability that makes the mean right, for a
 decay of 0.1 % moves no level by itself; bfloat16 is rounded as `rounding.round_stochastic`. The bits are those of the weight's
 own hash: its lower half is the weight's, its upper half the first moment's, and a further mix of it gives the second's.
 
@@ -92,9 +92,7 @@ def narrow_(moment: Tensor, scale: Tensor | None, values: Tensor, bits: Tensor |
     moment.copy_(q.view(moment.shape))
 
 
-def narrow_all_(
-    moments: tuple[Tensor, ...], scales: tuple[Tensor, ...], values: list[Tensor], bits: Tensor | None
-) -> None:
+def narrow_all_(moments: tuple[Tensor, ...], scales: tuple[Tensor, ...], values: list[Tensor], bits: Tensor | None) -> None:
     """`narrow_` of each, with its own part of the weight's 32 random `bits`."""
     own = (None, None) if bits is None else (bits >> 16, further_bits(bits) if len(moments) > 1 else None)
     for i, (moment, value) in enumerate(zip(moments, values, strict=True)):

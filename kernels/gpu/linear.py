@@ -167,7 +167,10 @@ def update(
     else:
         row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, INPUTS // MOMENT_BLOCK)
         block_0 = block_k * (INPUTS // MOMENT_BLOCK)
-        blocks, known = (n0 + n)[:, None] * row_blocks + block_0 + block[None, :], own[:, None] & (block < row_blocks - block_0)[None, :]
+        blocks, known = (
+            (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
+            own[:, None] & (block < row_blocks - block_0)[None, :],
+        )
         learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow, first, offset, inside, blocks, known, tile,
               rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
               SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip

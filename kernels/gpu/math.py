@@ -135,12 +135,12 @@ def store_moment(moment, scale, mask, known, value, bits, INT8: tl.constexpr, ST
         square = size / _spread(tl.maximum(largest, 1.1754943508222875e-38), value.shape, BLOCK) * (LEVELS * LEVELS)
         low = tl.floor(tl.sqrt_rn(square))
         above = (square - low * low) / (2 * low + 1)
-        if STOCHASTIC:
+        if STOCHASTIC:  # noqa: SIM108
             up = above * 65536 > bits.to(tl.float32)
         else:
             up = above >= 0.5
         q = tl.minimum(low + tl.where(up, 1.0, 0.0), LEVELS)
-        if LEVELS == 255:
+        if LEVELS == 255:  # noqa: SIM108
             q = tl.maximum(q, tl.where(size > 0, 1.0, 0.0))
         else:
             q = tl.where(value < 0, -q, q)

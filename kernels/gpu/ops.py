@@ -1,10 +1,10 @@
 """The Triton backend: the operations of `reference`, same names, arguments and results, through the kernels beside this file.
 
-Weights and biases are float32 or bfloat16, moments float32, bfloat16 or int8 with scales; all contiguous, and changed in place. `x` is float32, float16 or
-bfloat16, and its type is that of the matrix products (sums are float32). float32 products are exact (`ieee`) unless
-`precision="tf32"`. `lr` and `step` are numbers, or scalars in device memory, which are read there: no launch waits for the
-host. On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other
-types, shapes or devices.
+Weights and biases are float32 or bfloat16, moments float32, bfloat16 or int8 with scales; all contiguous, and changed in
+place. `x` is float32, float16 or bfloat16, and its type is that of the matrix products (sums are float32). float32 products
+are exact (`ieee`) unless `precision="tf32"`. `lr` and `step` are numbers, or scalars in device memory, which are read there: no
+launch waits for the host; they, betas, eps and decay are no constants of the compiled kernels. On a CPU the kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other types, shapes or devices.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _check_state(name: str, parameter: Tensor | None, state: State | None, updat
     fits &= state.shadow is None or state.shadow.dtype in (torch.float16, torch.bfloat16)
     _check(
         fits,
-        f"the state of {name} does not fit: {type(rule).__name__} needs {rule.moments} moments in float32, bfloat16 or int8 with "
-        f"scales, and a shadow half precision; all contiguous, of shape {shape}, on {device}: see new_state",
+        f"the state of {name} does not fit: {type(rule).__name__} needs {rule.moments} moments in float32, bfloat16 or int8 "
+        f"with scales, and a shadow half precision; all contiguous, of shape {shape}, on {device}: see new_state",
     )
     for what, value in (("lr", update.lr), ("step", update.step)):
         _check(not isinstance(value, Tensor) or value.device == device, f"{what} is not on {device}, where {name} is")
