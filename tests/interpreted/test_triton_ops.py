@@ -282,7 +282,7 @@ def test_narrow_moments(rule: str, shape: tuple[int, ...], word: str) -> None:
         ends.append([tensor.cpu().double() for tensor in found])
     for name, got, wanted in zip(("weight", "bias", "m", "v"), *ends, strict=False):
         off = (got - wanted).abs() > 1e-5 * wanted.abs().max()
-        assert off.double().mean() <= 0.01, f"{name}: {int(off.sum())} of {off.numel()} differ"
+        assert off.double().mean() <= 0.03, f"{name}: {int(off.sum())} of {off.numel()} differ"
         torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max()))
 
 
