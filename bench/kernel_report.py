@@ -60,6 +60,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 RULES = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
@@ -82,13 +83,14 @@ class Case:
     roomy: bool = False  # a device with much shared memory
     output: tuple[str, str, str] = ("cross-entropy", "delayed-error", "auto")
     norm: bool = True  # of a head
+    moments: str = "float32"  # bfloat16, int8: rounded stochastically
 
     @property
     def name(self) -> str:
         """What it is, in words."""
         words = [self.operation, "x".join(map(str, self.size)), self.dtype]
         if self.operation in ("update", "step", "elements"):
-            words += [self.rule, "stochastic" * (self.weight == "bf16")]
+            words += [self.rule, "stochastic" * (self.weight == "bf16"), self.moments * (self.moments != "float32")]
         if self.operation in ("forward", "step"):
             words += [self.activation, self.feedback]
         if self.operation == "output":
@@ -138,6 +140,15 @@ def cases() -> list[Case]:
         found += [*many, Case("forward", (16, 784, 500, 1000), "bf16", feedback=feedback)]
     found += [Case("forward", (16, 784, 500, 1000)), Case("step", (50, 784, 500, 1000))]
     found += [Case("forward", (128, 500, 500, 1000), activation=activation) for activation in ("tanh", "gelu")]
+    for moments in ("bfloat16", "int8"):
+        rules = ("momentum", "adam")
+        narrow = [Case("update", (256, 500, 500, 1), dtype, rule) for dtype in ("fp32", "bf16") for rule in rules]
+        narrow += [Case("update", (50, 500, 10, 1), dtype) for dtype in ("fp32", "bf16")]
+        narrow += [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in rules]
+        narrow += [Case("step", (rows, 784, 500, 10), dtype) for rows in (16, 32, 50) for dtype in ("fp32", "bf16")]
+        narrow += [Case("step", (50, 784, 500, 10), dtype, feedback="trinomial") for dtype in ("fp32", "bf16")]
+        narrow += [replace(case, weight="bf16") for case in narrow if case.dtype == "bf16"]
+        found += [replace(case, moments=moments) for case in [*narrow, Case("elements", (1, 500, 500, 1))]]
     found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
     for dtype in ("fp32", "fp16", "bf16"):
         heads = [Case("head", (100, 1, 500, classes), dtype) for classes in (10, 32, 50, 100)]
@@ -210,9 +221,11 @@ def launch_of(case: Case) -> Launch:
         feedback = tensor(c, n, dtype=getattr(torch, case.feedback))
     else:
         feedback = GeneratedFeedback(case.feedback, c, n, seed=1)
-    states = new_state(weight, rule, 0, dtype if dtype != torch.float32 else None), new_state(bias, rule, 1)
+    states = new_state(weight, rule, 0, dtype if dtype != torch.float32 else None, case.moments), new_state(bias, rule, 1)
     shadow = weight if states[0].shadow is None else states[0].shadow
-    update = Update(rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" else None)
+    update = Update(
+        rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None
+    )
     chosen = triton_ops._roomy
     triton_ops._roomy = lambda device: case.roomy
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from . import reference
 from .generated import GeneratedFeedback
-from .rounding import parameter_seed, round_stochastic
+from .moments import is_narrow, narrow_all_, widened
+from .rounding import bits_of, cut_to_bfloat16, parameter_seed
 from .rules import SGD, Moments, State, Update
 
 aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
+NARROW_SCRATCH = 1 << 16  # the same of moments in bfloat16 or int8, whose rounding takes more buffers of that size
 _here = sys.modules[__name__]
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
 READS_SHADOWS = False  # a copy of the weight in half precision would save nothing here
@@ -117,21 +120,45 @@ def outer_product(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @reference.explained
 def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -> None:
-    """Here: in one pass over the parameter and its moments."""
-    _update_part_(parameter, gradient, state.moments, state.place, update)
+    """Here: in one pass over the parameter and its moments, a few rows at a time where they are narrow."""
+    if is_narrow(state.moments):
+        columns = parameter[0].numel()
+        for part in _parts(len(parameter), columns, NARROW_SCRATCH):
+            _update_part_(parameter[part], gradient[part], _rows(state, part), update, part.start * columns)
+    else:
+        _update_part_(parameter, gradient, state, update)
     if state.shadow is not None:
         state.shadow.copy_(parameter)
 
 
-def _update_part_(parameter: Tensor, gradient: Tensor, moments: Moments, place: int, update: Update, first: int = 0) -> None:
-    """A parameter or some rows of it, of which the first element has the number `first`."""
-    if parameter.dtype != torch.bfloat16:
-        _update_all_([parameter], [gradient], [moments], update)
-        return
-    wide = parameter.float()
-    _update_all_([wide], [gradient.float()], [moments], update)
-    seed = None if update.seed is None else parameter_seed(update.seed, place)
-    parameter.copy_(wide if seed is None else round_stochastic(wide, seed, update.step, first))
+def _parts(rows: int, columns: int, elements: int) -> Iterator[slice]:
+    """So many rows at a time as have at most that many elements, or one."""
+    chunk = max(1, elements // columns)
+    return (slice(start, start + chunk) for start in range(0, rows, chunk))
+
+
+def _rows(state: State, part: slice) -> State:
+    """The state of some rows of a parameter."""
+    moments, scales = (tuple(tensor[part] for tensor in tensors) for tensors in (state.moments, state.scales))
+    return State(moments, None, state.place, scales)
+
+
+def _update_part_(parameter: Tensor, gradient: Tensor, state: State, update: Update, first: int = 0) -> None:
+    """A parameter or some rows of it, of which the first element has the number `first`; without its shadow."""
+    narrow, half = is_narrow(state.moments), parameter.dtype == torch.bfloat16
+    wide, buffers = parameter, state.moments
+    if half:
+        wide, gradient = parameter.float(), gradient.float()
+    if narrow:
+        buffers = [widened(m, state.scales[i] if state.scales else None) for i, m in enumerate(state.moments)]
+    _update_all_([wide], [gradient], [buffers], update)
+    bits = None
+    if update.seed is not None and (narrow or half):
+        bits = bits_of(parameter, parameter_seed(update.seed, state.place), update.step, first)
+    if narrow:
+        narrow_all_(state.moments, state.scales, buffers, bits)
+    if half:
+        parameter.copy_(wide if bits is None else cut_to_bfloat16(wide, bits & 0xFFFF))
 
 
 def _update_all_(parameters: list[Tensor], gradients: list[Tensor], moments: list[Moments], update: Update) -> None:
@@ -212,8 +239,13 @@ def outer_product_update_(
     if delta.dtype != x.dtype:
         delta = delta.to(x.dtype)
     left = delta.t()  # [N, M]
-    chunk = max(1, SCRATCH // columns)
-    if rows <= chunk and weight.dtype != torch.bfloat16 and weight_state.shadow is None:
+    narrow = is_narrow(weight_state.moments)
+    if (
+        rows * columns <= max(SCRATCH, columns)
+        and not narrow
+        and weight.dtype != torch.bfloat16
+        and weight_state.shadow is None
+    ):
         parameters, gradients, moments = [weight], [_weight_gradient(left, x, weight.dtype)], [weight_state.moments]
         if bias is not None:
             parameters.append(bias)
@@ -221,11 +253,9 @@ def outer_product_update_(
             moments.append(bias_state.moments)
         _update_all_(parameters, gradients, moments, update)
         return
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
+    for part in _parts(rows, columns, NARROW_SCRATCH if narrow else SCRATCH):
         gradient = _weight_gradient(left[part], x, torch.promote_types(weight.dtype, torch.float32))
-        moments = tuple(buffer[part] for buffer in weight_state.moments)
-        _update_part_(weight[part], gradient, moments, weight_state.place, update, start * columns)
+        _update_part_(weight[part], gradient, _rows(weight_state, part), update, part.start * columns)
     if weight_state.shadow is not None:
         weight_state.shadow.copy_(weight)
     if bias is not None:

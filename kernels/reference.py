@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .generated import GeneratedFeedback
-from .rounding import parameter_seed, round_stochastic
+from .moments import is_narrow, narrow_all_, widened
+from .rounding import bits_of, cut_to_bfloat16, parameter_seed
 from .rules import SGD, Moments, State, Update
 from .words import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
@@ -114,20 +115,28 @@ def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -
     """`parameter <- rule(parameter, gradient)`, in place, and with it the moments and the shadow of its `state`.
 
     Parameter and gradient have any shape. Equal to `torch.optim`'s SGD, Adam and AdamW to rounding. A bfloat16 parameter is
-    updated in float32 (its moments are float32) and rounded as `Update` says.
+    updated in float32 and rounded as `Update` says. Moments in bfloat16 or int8 are widened before and rounded after: with
+    blocks of 32 of a row, `s` the largest magnitude of a block, and q of L levels, value = s sign(q) (q / L)^2; see `moments`.
 
     `gradient` has the parameter's shape, `state` comes from `new_state(parameter, update.rule)`. SGD: `buf <- momentum buf +
     g`, `w <- w - lr buf`. Adam: `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g^2`, `w <- w - lr m / (1 - b1^t) / (sqrt(v /
     (1 - b2^t)) + eps)`; see the rules' own docstrings for decay and Nesterov. Returns None. Raises ValueError where the state
     is not one of this parameter and rule (torch: RuntimeError, or an IndexError).
     """
-    if parameter.dtype == torch.bfloat16:
-        wide = parameter.float()
-        _apply_rule_(wide, gradient.float(), state.moments, update)
-        seed = None if update.seed is None else parameter_seed(update.seed, state.place)
-        parameter.copy_(wide if seed is None else round_stochastic(wide, seed, update.step))
-    else:
-        _apply_rule_(parameter, gradient, state.moments, update)
+    narrow, half = is_narrow(state.moments), parameter.dtype == torch.bfloat16
+    wide, buffers = parameter, state.moments
+    if half:
+        wide, gradient = parameter.float(), gradient.float()
+    if narrow:
+        buffers = [widened(m, state.scales[i] if state.scales else None) for i, m in enumerate(state.moments)]
+    _apply_rule_(wide, gradient, buffers, update)
+    bits = None
+    if update.seed is not None and (narrow or half):
+        bits = bits_of(parameter, parameter_seed(update.seed, state.place), update.step)
+    if narrow:
+        narrow_all_(state.moments, state.scales, buffers, bits)
+    if half:
+        parameter.copy_(wide if bits is None else cut_to_bfloat16(wide, bits & 0xFFFF))
     if state.shadow is not None:
         state.shadow.copy_(parameter)
 

@@ -36,12 +36,27 @@ def random_bits(element: Tensor, seed: int, step: int | Tensor) -> Tensor:
     return _mix(h ^ (((step * STEP_FACTOR & _MASK) + (element >> 32)) & _MASK))
 
 
-def round_stochastic(values: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
-    """`values` (float32) as bfloat16; their elements are numbered from `first` in memory order.
+def bits_of(like: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
+    """`random_bits` for the elements of a tensor, numbered from `first` in memory order."""
+    element = torch.arange(first, first + like.numel(), device=like.device).view(like.shape)
+    return random_bits(element, seed, step)
 
-    Sixteen random bits are added below bfloat16's last one, and the lower half is cut. Infinities and NaN stay what they are.
+
+def further_bits(bits: Tensor) -> Tensor:
+    """Sixteen more bits for each 32 random ones."""
+    return _mix(bits ^ 0x5BD1E995) & 0xFFFF
+
+
+def cut_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
+    """`values` (float32) as bfloat16: sixteen random `bits` are added below its last one, and the lower half is cut.
+
+    Infinities and NaN stay what they are.
     """
-    element = torch.arange(first, first + values.numel(), device=values.device).view(values.shape)
-    bits = values.contiguous().view(torch.int32).to(torch.int64)
-    rounded = ((bits + (random_bits(element, seed, step) & 0xFFFF)) >> 16 << 16).to(torch.int32).view(torch.float32)
+    own = values.contiguous().view(torch.int32).to(torch.int64)
+    rounded = ((own + bits) >> 16 << 16).to(torch.int32).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def round_stochastic(values: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
+    """`values` (float32) as bfloat16 by `cut_to_bfloat16`; their elements are numbered from `first` in memory order."""
+    return cut_to_bfloat16(values, bits_of(values, seed, step, first) & 0xFFFF)

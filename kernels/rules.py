@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .moments import new_moments
+
 
 def _check(rule: object, name: str, low: float, high: float = math.inf) -> None:
     value = getattr(rule, name)
@@ -106,7 +108,8 @@ class Update:
 class State:
     """What one parameter keeps between steps; its tensors are changed in place.
 
-    `moments` are the rule's buffers (none, momentum, or Adam's m and v), each of the parameter's shape. `shadow` is a copy of
+    `moments` are the rule's buffers (none, momentum, or Adam's m and v), each of the parameter's shape, with `scales` `[rows,
+    blocks]` where they are int8: see `moments`. `shadow` is a copy of
     the parameter in half precision, for products; an update writes it too. `place` is the parameter's place in the whole model
     (any whole number that no other parameter has): from it, and the update's seed, come its random bits.
     """
@@ -114,14 +117,16 @@ class State:
     moments: Moments
     shadow: Tensor | None = None
     place: int = 0
+    scales: Moments = ()
 
 
-def new_state(parameter: Tensor, rule: Rule, place: int = 0, shadow: torch.dtype | None = None) -> State:
-    """The state of a parameter before the first step: zeroed moments, of its type but never narrower than float32.
+def new_state(
+    parameter: Tensor, rule: Rule, place: int = 0, shadow: torch.dtype | None = None, moments: str = "float32"
+) -> State:
+    """The state of a parameter before the first step: zeroed moments of the given type, one of `moments.MOMENTS`.
 
     With `shadow`, a type, also a copy of the parameter in it, unless that is the parameter's own type.
     """
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    moments = tuple(torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for _ in range(rule.moments))
+    own, scales = new_moments(parameter, rule.moments, moments)
     copy = None if shadow in (None, parameter.dtype) else parameter.detach().to(shadow)
-    return State(moments, copy, place)
+    return State(own, copy, place, scales)

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import f3triton as f3
 from f3triton.base.precision import resolve_precision
-from f3triton.kernels import eager
+from f3triton.kernels import eager, new_state
+from f3triton.kernels.moments import MOMENTS
 from f3triton.learn.signal import Signal, resolve_signal
 from f3triton.models.build import build
 from f3triton.run.budget import Budget, describe, estimate
@@ -93,6 +94,15 @@ def test_bytes_follow_the_precision() -> None:
         found = budget_of(network, x, "f3", types=resolve_precision(word, torch.device("cpu"), "f3")).memory
         wanted = {"weights": weights, "feedback": weights, "moments": moments, "activations": activations}
         assert {name: found[name] / plain[name] for name in wanted} == wanted, word
+
+
+@pytest.mark.parametrize("word", MOMENTS)
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_moments_take_what_the_budget_says(network: dict[str, object], word: str) -> None:
+    x = torch.zeros(32, *([64] if network["model"] == "mlp" else [1, 8, 8]))
+    states = [new_state(p, f3.Adam(), moments=word) for p in build(network).parameters()]
+    bytes_ = sum(t.nbytes for state in states for t in (*state.moments, *state.scales))
+    assert budget_of(network, x, "f3", moments=word).memory["moments"] == bytes_
 
 
 def test_a_slope_from_the_input_keeps_that_as_well() -> None:

@@ -63,6 +63,7 @@ CHOICES: dict[str, dict[str, object]] = {
     "int8": {"error_dtype": "int8"},
     "top-2": {"error_dtype": "top-2"},
     "bfloat16 weights": {"precision": "bfloat16-weights"},
+    "int8 moments": {"moments": "int8"},
     "vit": {"kind": "vit"},
     "dropout": {"kind": "dropout"},
     "batch norm": {"kind": "batch norm"},

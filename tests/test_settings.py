@@ -34,6 +34,7 @@ OTHERS = {
     "momentum": {"momentum": 0.5, "optimizer": "sgd"},
     "nesterov": {"nesterov": True, "momentum": 0.5, "optimizer": "sgd"},
     "weight_decay": {"weight_decay": 0.5},
+    "moments": {"moments": "int8"},
     "lr_schedule": {"lr_schedule": "linear"},
     "warmup_steps": {"warmup_steps": 3},
     "batch_size": {"batch_size": 7},

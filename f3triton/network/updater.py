@@ -187,13 +187,15 @@ class Step:
 @dataclass(frozen=True)
 class Arithmetic:
     """How updates are computed: the rule, the operations (a backend) and their device, the type of products (None: the
-    parameters' own), and the seed of the bits by which bfloat16 parameters are rounded."""
+    parameters' own), the seed of the bits by which bfloat16 parameters and narrow moments
+    are rounded, and the type of the moments, one of `kernels.moments.MOMENTS`."""
 
     rule: Rule
     ops: ModuleType
     device: torch.device
     compute_dtype: torch.dtype | None = None
     seed: int = 0
+    moments: str = "float32"
 
 
 class Updater:
@@ -215,7 +217,7 @@ class Updater:
         self._names: list[str] = []  # of the states' parameters
         for place, (name, p) in enumerate(model.named_parameters()):
             if id(p) in learns:
-                self.states[p] = new_state(p, how.rule, place)
+                self.states[p] = new_state(p, how.rule, place, moments=how.moments)
                 self._names.append(name)
 
     def begin(self, lr: float | Tensor, scale: float = 1.0, replicas: Replicas | None = None) -> Step:
@@ -225,13 +227,12 @@ class Updater:
         return Step(self, lr, scale, replicas)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments by the parameters' names, and the count of steps under the empty name: the very tensors in use."""
-        moments = {
-            f"{name}.{i}": moment
-            for name, state in zip(self._names, self.states.values(), strict=True)
-            for i, moment in enumerate(state.moments)
-        }
-        return moments | {"": self.step}
+        """Moments and their scales by the parameters' names, the count of steps by the empty name: the very tensors in use."""
+        kept = {}
+        for name, state in zip(self._names, self.states.values(), strict=True):
+            kept |= {f"{name}.{i}": moment for i, moment in enumerate(state.moments)}
+            kept |= {f"{name}.{i}.scale": scale for i, scale in enumerate(state.scales)}
+        return kept | {"": self.step}
 
     def resumed(self, steps: int) -> None:
         """Tell the host, after the tensors of `state` were filled, how many steps were done; the weights may have changed."""

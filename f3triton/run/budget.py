@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..base.precision import FLOAT32, Precision
 from ..base.text import readable_bytes
-from ..kernels.eager import SCRATCH
+from ..kernels.eager import NARROW_SCRATCH, SCRATCH
+from ..kernels.moments import moment_bytes
 from ..kernels.rules import Rule
 from ..learn.signal import Signal
 from ..network.feedback import error_projection
@@ -49,10 +50,12 @@ def estimate(
     rank: int | None = None,
     error_bytes: int = 0,
     data_bytes: int = 0,
+    moments: str = "float32",
 ) -> Budget:
     """The budget of a network on the meta device for batches like `x [M, ...]`, on it as well, by `signal` (None:
     backpropagation). Errors have `rank` entries where that is given, else one for each of the C outputs; `error_bytes` and
-    `data_bytes` are those of the error store and of the data set in memory. Raises InputError for a rank that C does not have.
+    `data_bytes` are those of the error store and of the data set in memory, `moments` the type of
+    the rule's moments. Raises InputError for a rank that C does not have.
 
     Of a Linear stage with K inputs and N outputs, at M rows: forward 2MKN; weight gradient 2MKN; feedback 2MCN in F3; input
     gradient 2MKN in backpropagation, but for the first stage. Of any other, what torch counts. Activations are the stage's
@@ -95,7 +98,8 @@ def estimate(
         flops += products
     every = [p for p in network.parameters() if p.requires_grad]
     taught = every if teaches else [p for p in network[-1].parameters() if p.requires_grad]
-    gradients = sum(p.numel() for p in every) if signal is None else max(_gradients(network, taught), default=0)
+    scratch = SCRATCH if moments == "float32" else NARROW_SCRATCH
+    gradients = sum(p.numel() for p in every) if signal is None else max(_gradients(network, taught, scratch), default=0)
     parameters = sum(p.numel() for p in network.parameters())
     working, product = types.working.itemsize, (types.products or types.working).itemsize
     return Budget(
@@ -104,7 +108,7 @@ def estimate(
         flops,
         {
             "weights": parameters * types.parameters.itemsize,
-            "moments": rule.moments * sum(p.numel() for p in taught) * working,
+            "moments": sum(moment_bytes(p.shape, rule.moments, moments, working) for p in taught),
             "gradients": gradients * working,
             "feedback": feedback * types.parameters.itemsize + projection * working,
             "errors": error_bytes,
@@ -190,12 +194,12 @@ def _feedback(network: Sequential, batch: int, rows: int, width: int) -> tuple[i
     return entries, flops
 
 
-def _gradients(network: nn.Module, taught: list[nn.Parameter]) -> Iterable[int]:
-    """Elements of each taught parameter's gradient that are alive at once."""
+def _gradients(network: nn.Module, taught: list[nn.Parameter], scratch: int) -> Iterable[int]:
+    """Elements of each taught parameter's gradient that are alive at once; `scratch`: of a fused update."""
     fused = {}
     for layer in network.modules():
         if isinstance(layer, Linear) or type(layer) is nn.Linear:
-            fused |= {layer.weight: min(layer.weight.numel(), max(layer.weight.shape[1], SCRATCH)), layer.bias: 0}
+            fused |= {layer.weight: min(layer.weight.numel(), max(layer.weight.shape[1], scratch)), layer.bias: 0}
     return [fused.get(p, p.numel()) for p in taught]
 
 

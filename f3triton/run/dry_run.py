@@ -61,7 +61,7 @@ def budget_of(settings: Settings, network: dict[str, object], data: tuple[Datase
             shapes.prepare(x[:1], train_set.outputs, None, train_set.positions)
             add_readings(shapes, settings, train_set.outputs, train_set.positions)
     kept = error_bytes, sum(part.nbytes for part in data)
-    budget = estimate(shapes, x, settings.rule, signal, settings.types, settings.error_rank, *kept)
+    budget = estimate(shapes, x, settings.rule, signal, settings.types, settings.error_rank, *kept, settings.moments)
     if signal is None or not signal.local:
         return budget
     return with_local(budget, shapes, x, settings.reach, settings.local_positions, settings.local_candidates)

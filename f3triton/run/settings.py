@@ -33,7 +33,7 @@ from ..base.words import (
     SAMPLINGS,
     SIGNALS,
 )
-from ..kernels.words import BACKENDS, LINKS, LOSSES
+from ..kernels.words import BACKENDS, LINKS, LOSSES, MOMENTS
 from .schedule import SCHEDULES, make_schedule
 
 if TYPE_CHECKING:
@@ -143,6 +143,9 @@ class Settings:
         "use Nesterov's form of the momentum in sgd"))
     weight_decay: float | None = field(default=None, metadata=about("training", parse=float, metavar="D", within="rule", help=
         "weight decay of the update rule; default: 1e-2 for adamw, else 0"))
+    moments: str = field(default="float32", metadata=about("training", choices=MOMENTS, within="moments", help=
+        "type of what the update rule keeps of each weight: float32, bfloat16, or int8 with a scale for each 32 of a row; "
+        "biases and other vectors keep float32"))
     lr_schedule: str = field(default="cosine", metadata=about("training", choices=SCHEDULES, help=
         "course of the learning rate after the warmup"))
     warmup_steps: int = field(default=0, metadata=about("training", metavar="N", help=
@@ -227,6 +230,9 @@ class Settings:
         if self.sampling == "error" and (self.windows is not None or self.data_parallel > 1):
             other = "windows" if self.windows is not None else "data parallel"
             raise InputError(f"sampling 'error' does not go with {other}; use sampling 'uniform'")
+        if self.moments != "float32" and (self.method == "bp" or self.rule.moments == 0 or self.precision == "float64"):
+            at = "method 'bp'" if self.method == "bp" else "precision 'float64'" if self.rule.moments else f"rule {self.rule}"
+            raise InputError(f"moments {self.moments!r} do not go with the {at}; leave it out")
         if self.cuda_graph == "on" and self.resolved_device.type != "cuda":
             raise InputError(f"cuda graph 'on' needs a CUDA device, got {self.resolved_device.type!r}; use 'auto'")
 
@@ -365,6 +371,8 @@ class Settings:
         resolved = {"signal": words, "windows": windows}
         if signal is not None and signal.local:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
+        if self.moments != "float32":
+            resolved["moments"] = self.moments
         if self.augment != "none":
             resolved["augment"] = self.augment
         if self.sampling != "uniform":

@@ -16,7 +16,7 @@ it: see `tiles`.
 import triton
 import triton.language as tl
 
-from .math import activate, apply_rule, counter, random_bits, round_stochastic, scalar, slope
+from .math import activate, counter, learn, random_bits, scalar, slope
 
 SIZES = ["rows", "outputs", "inputs", "width", "x_row", "weight_row", "delta_row", "error_row", "feedback_row"]
 NUMBERS = ["step", "seed", "bias_seed", "feedback_seed"]
@@ -25,16 +25,6 @@ NUMBERS = ["step", "seed", "bias_seed", "feedback_seed"]
 @triton.jit
 def _load(pointer, mask, dtype: tl.constexpr):
     return tl.load(pointer, mask=mask, other=0.0).to(dtype)
-
-
-@triton.jit
-def _store(parameter, shadow, first, offset, inside, new, seed, step, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """New values to a parameter, rounded to its type, and to its copy in half precision where there is one."""
-    if STOCHASTIC and parameter.dtype.element_ty == tl.bfloat16:
-        new = round_stochastic(new, first, offset, seed, step)
-    tl.store(parameter + first + offset, new.to(parameter.dtype.element_ty), mask=inside)
-    if SHADOW:
-        tl.store(shadow + first + offset, new.to(shadow.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,12 +126,12 @@ def forward(
 
 @triton.jit(do_not_specialize=SIZES + NUMBERS)
 def update(
-    weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, delta, x, shadow,
-    lr, step, log_beta1, log_beta2, seed, bias_seed,
+    weight, bias, weight_m1, weight_m2, weight_s1, weight_s2, bias_m1, bias_m2, delta, x, shadow,
+    lr, step, decay, rest1, rest2, eps, log_beta1, log_beta2, seed, bias_seed,
     rows, outputs, inputs, delta_row, x_row,
     HAS_BIAS: tl.constexpr, KEEP_GRADIENT: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
+    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
+    LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -175,10 +165,15 @@ def update(
     if KEEP_GRADIENT:
         tl.store(weight + first + offset, tile.to(weight.dtype.element_ty), mask=inside)
     else:
-        old = _load(weight + first + offset, inside, tl.float32)
-        new = apply_rule(old, tile, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
-                         log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
+        row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, INPUTS // MOMENT_BLOCK)
+        block_0 = block_k * (INPUTS // MOMENT_BLOCK)
+        blocks, known = (
+            (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
+            own[:, None] & (block < row_blocks - block_0)[None, :],
+        )
+        learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow, first, offset, inside, blocks, known, tile,
+              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
+              SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
     if HAS_BIAS and block_k == 0:
         sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
         for start in range(0, rows, ROWS):
@@ -188,20 +183,20 @@ def update(
         if KEEP_GRADIENT:
             tl.store(bias + n0 + n, total.to(bias.dtype.element_ty), mask=own)
         else:
-            old_bias = _load(bias + n0 + n, own, tl.float32)
-            new_bias = apply_rule(old_bias, total, bias_m1 + n0 + n, bias_m2 + n0 + n, own, rate, count, log_beta1, log_beta2,
-                                  KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-            _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
+            learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
+                  rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
+                  False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES + NUMBERS)
 def step_small(
-    x, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, h, error, feedback, shadow, scale, feedback_seed,
-    lr, step, log_beta1, log_beta2, seed, bias_seed,
+    x, weight, bias, weight_m1, weight_m2, weight_s1, weight_s2, bias_m1, bias_m2, h, error, feedback, shadow,
+    scale, feedback_seed,
+    lr, step, decay, rest1, rest2, eps, log_beta1, log_beta2, seed, bias_seed,
     rows, outputs, inputs, width, x_row, error_row, feedback_row,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
+    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
+    LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, WIDTH_UNIT: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
@@ -230,8 +225,7 @@ def step_small(
         x_here += INPUTS
         weight_here += INPUTS
     if HAS_BIAS:
-        old_bias = _load(bias + n0 + n, own, tl.float32)
-        a += old_bias[None, :]
+        a += _load(bias + n0 + n, own, tl.float32)[None, :]
     out = activate(a, ACTIVATION)
     inside_h = (m < rows)[:, None] & own[None, :]
     tl.store(h + n0 + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
@@ -243,39 +237,46 @@ def step_small(
     rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
     left = tl.trans(delta)
     offset = n[:, None] * inputs + k[None, :]
+    row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, INPUTS // MOMENT_BLOCK)
+    blocks = (n0 + n)[:, None] * row_blocks + block[None, :]
     tl.debug_barrier()  # every warp has read its part of W before any warp writes
     for start in range(0, inputs, INPUTS):
         right = _load(x + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
         gradient = tl.dot(left, right, input_precision=PRECISION)
         inside = own[:, None] & (k < inputs - start)[None, :]
-        old = _load(weight + first + offset, inside, tl.float32)
-        new = apply_rule(old, gradient, weight_m1 + first + offset, weight_m2 + first + offset, inside, rate, count,
-                         log_beta1, log_beta2, KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(weight, shadow, first, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
+        known = own[:, None] & (block < row_blocks - start // MOMENT_BLOCK)[None, :]
+        learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow, first, offset, inside, blocks, known, gradient,
+              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
+              SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
         x += INPUTS
         first += INPUTS
+        blocks += INPUTS // MOMENT_BLOCK
     if HAS_BIAS:
         total = tl.sum(delta.to(tl.float32), 0)
-        new_bias = apply_rule(old_bias, total, bias_m1 + n0 + n, bias_m2 + n0 + n, own, rate, count, log_beta1, log_beta2,
-                              KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-        _store(bias, bias, n0, n, own, new_bias, bias_seed, count, False, STOCHASTIC)
+        learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
+              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
+              False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["elements", *NUMBERS])
+@triton.jit(do_not_specialize=["columns", *NUMBERS])
 def update_elements(
-    parameter, gradient, first, second, shadow, lr, step, log_beta1, log_beta2, seed, elements,
+    parameter, gradient, first_moment, second_moment, first_scale, second_scale, shadow,
+    lr, step, decay, rest1, rest2, eps, log_beta1, log_beta2, seed, columns,
     SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
-    EPS: tl.constexpr, DECAY: tl.constexpr, LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
+    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
+    LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rule on any contiguous parameter, from a gradient in memory."""
-    corner, offset = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
-    i = corner + offset
-    inside = offset < elements.to(tl.int64) * UNIT - corner
-    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
-    old = _load(parameter + i, inside, tl.float32)
-    own = _load(gradient + i, inside, tl.float32)
-    new = apply_rule(old, own, first + i, second + i, inside, rate, count, log_beta1, log_beta2,
-                     KIND, MOMENTUM, NESTEROV, BETA1, BETA2, EPS, DECAY)  # fmt: skip
-    _store(parameter, shadow, corner, offset, inside, new, seed, count, SHADOW, STOCHASTIC)
+    """The rule on any contiguous parameter `[rows, columns]`, from a gradient in memory; a program has a part of a row."""
+    columns = columns * UNIT
+    parts = tl.cdiv(columns, BLOCK)
+    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    offset, block = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // MOMENT_BLOCK)[None, :]
+    corner = row.to(tl.int64) * columns + part.to(tl.int64) * BLOCK
+    inside = offset < columns.to(tl.int64) - part.to(tl.int64) * BLOCK
+    row_blocks, block_0 = tl.cdiv(columns, MOMENT_BLOCK), part * (BLOCK // MOMENT_BLOCK)
+    blocks, known = row.to(tl.int64) * row_blocks + block_0 + block, block < row_blocks - block_0
+    learn(parameter, first_moment, second_moment, first_scale, second_scale, shadow, corner, offset, inside, blocks, known,
+          _load(gradient + corner + offset, inside, tl.float32), scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY),
+          decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
+          SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip

@@ -1,10 +1,10 @@
 """The Triton backend: the operations of `reference`, same names, arguments and results, through the kernels beside this file.
 
-Weights and biases are float32 or bfloat16, moments float32; all contiguous, and changed in place. `x` is float32, float16 or
-bfloat16, and its type is that of the matrix products (sums are float32). float32 products are exact (`ieee`) unless
-`precision="tf32"`. `lr` and `step` are numbers, or scalars in device memory, which are read there: no launch waits for the
-host. On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other
-types, shapes or devices.
+Weights and biases are float32 or bfloat16, moments float32, bfloat16 or int8 with scales; all contiguous, and changed in
+place. `x` is float32, float16 or bfloat16, and its type is that of the matrix products (sums are float32). float32 products
+are exact (`ieee`) unless `precision="tf32"`. `lr` and `step` are numbers, or scalars in device memory, which are read there: no
+launch waits for the host; they, betas, eps and decay are no constants of the compiled kernels. On a CPU the kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`). Raises ValueError, naming the argument, for other types, shapes or devices.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import eager, reference
 from ..generated import KINDS, GeneratedFeedback
+from ..moments import BLOCK, is_narrow
 from ..rounding import parameter_seed
 from ..rules import SGD, State, Update
 from . import head as triton_head
@@ -43,6 +44,8 @@ _DTYPES = {
     torch.float16: triton.language.float16,
     torch.bfloat16: triton.language.bfloat16,
 }
+
+_MOMENTS = {torch.float32}, {torch.bfloat16}, {torch.int8, torch.uint8}
 
 
 def _check(condition: bool, message: str) -> None:
@@ -94,13 +97,16 @@ def _check_state(name: str, parameter: Tensor | None, state: State | None, updat
     _check(fits, f"{name} must be float32 or bfloat16, and contiguous, for the Triton kernels, got {parameter.dtype}")
     _check(state is not None, f"{name} has no state: see new_state")
     buffers = state.moments if state.shadow is None else (*state.moments, state.shadow)
-    fits = len(state.moments) >= rule.moments and all(moment.dtype == torch.float32 for moment in state.moments)
+    kinds = {m.dtype for m in state.moments}
+    fits = len(state.moments) >= rule.moments and any(kinds <= own for own in _MOMENTS)
+    fits &= len(state.scales) == (0 if kinds <= {torch.float32, torch.bfloat16} else len(state.moments))
+    fits &= all(s.is_contiguous() and s.device == device for s in state.scales)
     fits &= all(b.is_contiguous() and b.shape == parameter.shape and b.device == device for b in buffers)
     fits &= state.shadow is None or state.shadow.dtype in (torch.float16, torch.bfloat16)
     _check(
         fits,
-        f"the state of {name} does not fit: {type(rule).__name__} needs {rule.moments} moments in float32, and a shadow half "
-        f"precision; all contiguous, of shape {shape}, on {device}: see new_state",
+        f"the state of {name} does not fit: {type(rule).__name__} needs {rule.moments} moments in float32, bfloat16 or int8 "
+        f"with scales, and a shadow half precision; all contiguous, of shape {shape}, on {device}: see new_state",
     )
     for what, value in (("lr", update.lr), ("step", update.step)):
         _check(not isinstance(value, Tensor) or value.device == device, f"{what} is not on {device}, where {name} is")
@@ -145,38 +151,45 @@ def _product_dtype(x: Tensor) -> triton.language.dtype:
 
 
 def _numbers(update: Update, *states: State | None) -> tuple[object, ...]:
-    """What changes from step to step: learning rate, step, logarithms of the betas, and the seed of each state's rounding."""
-    lr, step = update.lr, update.step
-    betas = (0.0, 0.0) if isinstance(update.rule, SGD) else update.rule.betas
+    """What a kernel is not compiled for: learning rate, step, decay, what is left of the betas (or the momentum) to 1, eps, the
+    betas' logarithms, and the seed of each state's rounding."""
+    lr, step, rule = update.lr, update.step, update.rule
+    plain = isinstance(rule, SGD)
+    betas = (rule.momentum, 0.0) if plain else rule.betas
+    rests = (1.0 - beta for beta in betas)  # taken here: in float32 it would be 1 - 0.999 with an error of 5e-5
     logarithms = (math.log(beta) if beta else -1e4 for beta in betas)  # beta 0: its powers vanish
     unread = update.seed is None
     seeds = (0 if unread or state is None else parameter_seed(update.seed, state.place) for state in states)
-    return lr if isinstance(lr, Tensor) else float(lr), step if isinstance(step, Tensor) else int(step), *logarithms, *seeds
+    lr, step = lr if isinstance(lr, Tensor) else float(lr), step if isinstance(step, Tensor) else int(step)
+    return lr, step, float(rule.weight_decay), *rests, 0.0 if plain else float(rule.eps), *logarithms, *seeds
 
 
 def _constants(update: Update, state: State, *parameters: Tensor) -> dict[str, object]:
-    """What an update's kernel is compiled for: the rule, and how the parameters are written."""
+    """What an update's kernel is compiled for: the rule, and how parameters and moments are written."""
     rule = update.rule
     plain = isinstance(rule, SGD)
-    beta1, beta2 = (0.0, 0.0) if plain else rule.betas
     return {
         "KIND": PLAIN if plain else ADAMW if rule.decoupled else ADAM,
-        "MOMENTUM": rule.momentum if plain else 0.0,
+        "MOMENTUM": plain and rule.momentum != 0,
         "NESTEROV": plain and rule.nesterov,
-        "BETA1": beta1,
-        "BETA2": beta2,
-        "EPS": 0.0 if plain else rule.eps,
-        "DECAY": rule.weight_decay,
+        "INT8": bool(state.scales),
+        "MOMENT_BLOCK": BLOCK,
         "LR_IN_MEMORY": isinstance(update.lr, Tensor),
         "STEP_IN_MEMORY": isinstance(update.step, Tensor),
         "SHADOW": state.shadow is not None,
-        "STOCHASTIC": update.seed is not None and any(p.dtype == torch.bfloat16 for p in parameters),
+        "STOCHASTIC": update.seed is not None
+        and (is_narrow(state.moments) or any(p.dtype == torch.bfloat16 for p in parameters)),
     }
 
 
 def _moments(parameter: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
     """Two pointers whatever the rule keeps; those that it does not keep are never followed."""
     return (*(() if state is None else state.moments), parameter, parameter)[:2]
+
+
+def _scales(parameter: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """Likewise."""
+    return (*state.scales, parameter, parameter)[:2]
 
 
 def unit(*lengths: int) -> int:
@@ -292,7 +305,7 @@ def _launch_update(
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
     kernels.update[(triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n),)](
-        weight, other, *_moments(weight, weight_state), *_moments(other, bias_state), delta, x,
+        weight, other, *_moments(weight, weight_state), *_scales(weight, weight_state), *_moments(other, bias_state), delta, x,
         weight if weight_state.shadow is None else weight_state.shadow,
         *_numbers(update, weight_state, bias_state),
         rows, outputs // outputs_unit, inputs // inputs_unit, delta.stride(0) // outputs_unit, x.stride(0) // inputs_unit,
@@ -371,8 +384,8 @@ def linear_step_(
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](
-        x, weight, other, *_moments(weight, weight_state), *_moments(other, bias_state), h, sent.error, sent.feedback,
-        shadow, sent.scale, sent.seed, *_numbers(update, weight_state, bias_state),
+        x, weight, other, *_moments(weight, weight_state), *_scales(weight, weight_state), *_moments(other, bias_state),
+        h, sent.error, sent.feedback, shadow, sent.scale, sent.seed, *_numbers(update, weight_state, bias_state),
         rows, outputs // outputs_unit, inputs // inputs_unit, sent.width // sent.unit,
         x.stride(0) // inputs_unit, sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
         ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(update, weight_state, weight, other),
@@ -407,11 +420,14 @@ def update_(parameter: Tensor, gradient: Tensor, state: State, update: Update) -
     """Here: in one launch."""
     _check_state("parameter", parameter, state, update)
     _check(gradient.shape == parameter.shape, f"gradient has shape {list(gradient.shape)}; needed: {list(parameter.shape)}")
-    block, elements = tiles.ELEMENTWISE, parameter.numel()
-    kernels.update_elements[(triton.cdiv(elements, block),)](
-        parameter, gradient.contiguous(), *_moments(parameter, state), parameter if state.shadow is None else state.shadow,
-        *_numbers(update, state), elements // unit(elements), **_constants(update, state, parameter),
-        UNIT=unit(elements), BLOCK=block, enable_fp_fusion=True,
+    rows, columns, block = 1, parameter.numel(), tiles.ELEMENTWISE
+    if state.scales:  # by rows, for their blocks are
+        rows, columns = len(parameter), parameter[0].numel()
+        block = min(block, max(BLOCK, triton.next_power_of_2(columns)))
+    kernels.update_elements[(rows * triton.cdiv(columns, block),)](
+        parameter, gradient.contiguous(), *_moments(parameter, state), *_scales(parameter, state),
+        parameter if state.shadow is None else state.shadow, *_numbers(update, state), columns // unit(columns),
+        **_constants(update, state, parameter), UNIT=unit(columns), BLOCK=block, enable_fp_fusion=True,
     )  # fmt: skip
 
 
