@@ -36,7 +36,7 @@ _spec = importlib.util.spec_from_file_location(f"{__name__}_kernel", Path(__file
 _module = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = _module
 _spec.loader.exec_module(_module)
-globals().update({_name: _value for _name, _value in vars(_module).items() if not _name.startswith("__")})
+globals().update({_name: getattr(_module, _name) for _name in _module.__all__})
 '''
 CARD = f"""---
 library_name: kernels

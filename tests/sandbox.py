@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     out: str
     err: str
     seconds: float
-    peak: int  # bytes resident, at most
+    peak: int  # bytes resident, at most, beside what was so before
 
     @property
     def wrong(self) -> str:
@@ -49,13 +49,15 @@ class Outcome(NamedTuple):
         return f"{self.wrong}\n{self.seconds:.1f} s, {self.peak >> 20} MiB, exit code {self.code}\n{self.out}\n{self.err}"
 
 
-def _mapped() -> int:
+def _memory() -> tuple[int, int]:
+    """Bytes that this process has mapped, and those that are resident."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        mapped, resident = file.read().split()[:2]
+    return int(mapped) * resource.getpagesize(), int(resident) * resource.getpagesize()
 
 
 def _run(call: Callable[[], int], folder: Path, seconds: float, memory: int) -> int:
-    resource.setrlimit(resource.RLIMIT_AS, (_mapped() + memory,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory()[0] + memory,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -79,7 +81,7 @@ def attempt(call: Callable[[], int], seconds: float = SECONDS, memory: int = MEM
     """What becomes of `call`, which returns an exit code as `train.main` does, in a forked process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder, began = Path(name), time.perf_counter()
+        folder, began, before = Path(name), time.perf_counter(), _memory()[1]
         child = os.fork()
         if child == 0:
             code = 1
@@ -91,4 +93,4 @@ def attempt(call: Callable[[], int], seconds: float = SECONDS, memory: int = MEM
         spent = time.perf_counter() - began
         said = [(folder / part).read_text(errors="replace") if (folder / part).exists() else "" for part in ("out", "err")]
     code = os.waitstatus_to_exitcode(status)
-    return Outcome(code, *said, spent, used.ru_maxrss * 1024)
+    return Outcome(code, *said, spent, max(0, used.ru_maxrss * 1024 - before))

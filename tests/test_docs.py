@@ -49,14 +49,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The current folder of a reader: the files and runs that the pages name."""
     where, before = tmp_path_factory.mktemp("reader"), Path.cwd()
     os.chdir(where)
-    for name in ("big.csv", "data.csv"):
+    for name in ("big.csv", "data.csv", "mine.csv"):
         write_csv(where / name, 200)
     write_csv(where / "wine.csv", 60, "alcohol,acidity,quality", "{0}.5,{1}.25,{0}")
     for name in ("shakespeare.txt", "input.txt"):
         (where / name).write_text("To be, or not to be, that is the question. ROMEO: aye.\n" * 120)
+    write_csv(where / "new.csv", 5, "alcohol,acidity", "{0}.5,{1}.25")
     plain = [*SMALL, "--epochs", "1", "--hidden", "16x2"]
     assert run(*plain, "--output-dir", "runs/digits-f3-...") == 0
     assert run(*plain, "--output-dir", "runs/my-run", "--method", "local") == 0
+    assert run(*SMALL, "--epochs", "1", "--output-dir", "runs/theirs", "--dataset", "mine.csv") == 0
+    assert run(*plain, "--output-dir", "runs/wine-f3-...", "--dataset", "wine.csv", "--target", "quality") == 0
     for name in ("shakespeare", "input"):
         text = ["--text", f"{name}.txt", "--dim", "16", "--depth", "1"]
         assert run(*SMALL, *text, "--epochs", "1", "--output-dir", f"runs/{name}-f3-...") == 0
@@ -81,7 +84,7 @@ def test_commands_run(page: str, command: str, folder: Path) -> None:
             make_settings(parse(words[words.index("train.py") + 1 :]))
         return
     words = words[2:]
-    if not {"--evaluate", "--sample", "--resume", "--help"} & {*words} or words[-1:] == ["auto"]:
+    if not {"--evaluate", "--predict", "--sample", "--resume", "--help"} & {*words} or words[-1:] == ["auto"]:
         words += [*SMALL, "--epochs", str(epochs_of(command))]
         words += ["--patch-size", "4"] if "vit" in command else []  # the digits are 8x8
         words += ["--dim", "16", "--depth", "1"] if "--text" in words else []

@@ -10,7 +10,7 @@ import f3triton as f3
 def test_a_trainer_and_its_result_say_what_they_are() -> None:
     x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
     trainer = f3.Trainer(f3.models.MLP([4, 5, 3]), device="cpu")
-    assert repr(trainer).startswith("Trainer(MLP of 2 stages, 43 parameters; method f3, signal delayed-error, Adam lr 0.0005")
+    assert repr(trainer).startswith("Trainer(MLP of 2 stages, 43 parameters; method f3, signal delayed-error, Adam lr 0.003")
     assert repr(trainer.result) == "FitResult(running, 0 epochs, 0 steps, 0.0 s)"
     assert trainer.result._repr_png_() is None
     result = trainer.fit((x, y), 2, (x, y))

@@ -86,7 +86,7 @@ def test_evaluate_reproduces_the_stored_figure_exactly(digits: Path, capsys: pyt
 
 
 def test_load_predicts_on_raw_rows(digits: Path) -> None:
-    model = f3.load(digits)
+    model = f3.load(digits, which="last")
     assert not model.training
     _, test = f3.load_dataset("digits")
     probabilities = model(test.inputs)  # uint8 pixels, as the data set holds them

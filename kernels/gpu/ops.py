@@ -380,7 +380,7 @@ def linear_step_(
     sent = _sent(error, feedback, scale, x, outputs)
     outputs_unit, inputs_unit = unit(outputs, sent.feedback_row), unit(inputs, x.stride(0))
     half = x.dtype != torch.float32
-    block_m, tile = tiles.step_tile(rows, half, sent.kind != 0)
+    block_m, tile = tiles.step_tile(rows, half, sent.kind != 0, bool(weight_state.scales))
     block_n, block_k = tile.blocks
     other = weight if bias is None else bias
     kernels.step_small[(triton.cdiv(outputs, block_n),)](

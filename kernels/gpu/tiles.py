@@ -37,9 +37,8 @@ CURVED = ("gelu", "gelu-tanh", "silu")
 UPDATE = {
     "small": Tile((32, 32, 32), 4, 3),
     "medium": Tile((64, 64, 32), 8, 4),
-    "roomy": Tile((128, 128, 64), 8, 3),  # SGD
-    "roomy, one more": Tile((64, 128, 64), 8, 3),
-    "roomy, two more": Tile((64, 64, 64), 8, 4),
+    "roomy": Tile((64, 128, 64), 8, 3),  # 128x128 spills even for plain SGD, with numbers that it is not compiled for
+    "roomy, more": Tile((64, 64, 64), 8, 4),
 }
 # (outputs, inputs): rows of x are one block, of the next power of two
 STEP = {
@@ -49,10 +48,11 @@ STEP = {
 }
 STEP_FLOAT32 = {  # without tensor cores a product's operands are in registers: fewer inputs at a time, more stages
     16: Tile((16, 32), 4, 6),
-    32: Tile((16, 32), 4, 6),
+    32: Tile((16, 32), 4, 5),
     64: Tile((16, 32), 4, 4),
 }
 STEP_GENERATED = Tile((16, 64), 4, 3)  # float32, 64 rows, feedback made in the kernel: the tile above spills with Triton 3.7
+STEP_INT8 = Tile((16, 32), 4, 2)  # 32 rows, moments in int8: the tiles above spill with Triton 3.9
 STEP_ROWS = 64  # the largest batch that the one-launch step takes; above it forward and update are two launches
 ROOMY = 160 << 10  # bytes of shared memory: what an A100, H100, H200 or B200 has, and consumer cards have not
 STRIDE = 1 << 23  # elements; a tile has at most 256 rows or columns, and offsets in it 32 bits
@@ -93,15 +93,17 @@ def update_tile(
         return UPDATE["medium" if enough else "small"]
     if not (half and roomy):
         return UPDATE["medium"]
-    return UPDATE[("roomy", "roomy, one more", "roomy, two more")[min(more, 2)]]
+    return UPDATE["roomy" if more < 2 else "roomy, more"]
 
 
-def step_tile(rows: int, half: bool, generated: bool = False) -> tuple[int, Tile]:
+def step_tile(rows: int, half: bool, generated: bool = False, int8: bool = False) -> tuple[int, Tile]:
     """The block of rows that holds the whole batch (at most `STEP_ROWS`), and the tile; `half` as in `forward_tile`.
 
-    `generated`: the kernel makes the feedback's entries.
+    `generated`: the kernel makes the feedback's entries; `int8`: moments are.
     """
     block = next(size for size in STEP if size >= rows)
+    if int8 and block == 32:
+        return block, STEP_INT8
     if generated and not half and block == STEP_ROWS:
         return block, STEP_GENERATED
     return block, (STEP if half else STEP_FLOAT32)[block]
