@@ -27,6 +27,7 @@ from ..base.words import (
     LANGUAGE_MODELING,
     LAWS,
     LAYERS,
+    LOGS,
     OPTIONS,
     POOLS,
     STATISTICS,
@@ -246,6 +247,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="compare updates with true gradients, on N samples (without N: 512)",
     )
+    add("--log", choices=LOGS, help="write the records of the run for TensorBoard too, to its folder")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
     add(
