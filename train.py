@@ -32,6 +32,7 @@ from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
+from f3triton.run.hub import check_name, push
 from f3triton.run.log import TensorBoard, require_log
 from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.prediction import predict_run
@@ -55,6 +56,7 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     peers = peers_of(settings, options) if compare else []
     make_feedback(options)
     require_log(options.log)
+    check_name(options.push_to_hub)
     check_epochs(options.epochs, settings.windows)
 
     data = train_set, test_set = load_data(options)
@@ -147,6 +149,8 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         say(f"a sample:\n{sample_of(trainer.model, train_set, options)}")
     for line in lines_of(result.workers):
         say(line)
+    if options.push_to_hub is not None and result.status == "completed":
+        say(push(folder.path, options.push_to_hub))
     if result.status == "interrupted":
         raise KeyboardInterrupt
 
