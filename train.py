@@ -32,6 +32,8 @@ from f3triton.run.console import Console, tell
 from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
+from f3triton.run.hub import check_name, push
+from f3triton.run.log import TensorBoard, require_log
 from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.prediction import predict_run
 from f3triton.run.records import Record
@@ -53,6 +55,8 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     require_a_task(options.pipeline, options.data_parallel)
     peers = peers_of(settings, options) if compare else []
     make_feedback(options)
+    require_log(options.log)
+    check_name(options.push_to_hub)
     check_epochs(options.epochs, settings.windows)
 
     data = train_set, test_set = load_data(options)
@@ -90,11 +94,15 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     if start.snapshot is not None:
         say(f"going on after step {start.snapshot.state['steps']:,}, in epoch {start.snapshot.state['epoch'] + 1}")
 
+    log = None if options.log is None else TensorBoard(folder.path)
+
     def keep(record: Record) -> None:
         console.record(record)
         if diagnostics is not None:
             diagnostics(record)
         folder.keep(record, trainer.model, options.keep_best and record is trainer.result.best)
+        if log is not None:
+            log.write(trainer.result.history)
 
     try:
         with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
@@ -109,6 +117,9 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         write_summary(folder, trainer, data, time.perf_counter() - began)
         kept = f"of epoch {result.history[-1]['epoch']}" if result.history else "from before the first epoch"
         raise f3.InputError(f"{error}; the model {kept} is kept in {folder.path}") from None
+    finally:
+        if log is not None:
+            log.close()
     if not folder.settled:  # Ctrl-C in the first step
         raise KeyboardInterrupt
 
@@ -138,6 +149,8 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         say(f"a sample:\n{sample_of(trainer.model, train_set, options)}")
     for line in lines_of(result.workers):
         say(line)
+    if options.push_to_hub is not None and result.status == "completed":
+        say(push(folder.path, options.push_to_hub))
     if result.status == "interrupted":
         raise KeyboardInterrupt
 

@@ -66,4 +66,5 @@ BY = ("auto", "factors", "gradients")
 
 # run
 TOKENS, TEMPERATURE = 300, 0.8  # of a sample of text, where nothing else is asked for
+LOGS = ("tensorboard",)
 WHICH = ("best", "last")  # models of a run

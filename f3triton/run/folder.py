@@ -43,6 +43,7 @@ _NAMES = (
 )
 _NEW = ".new"  # the folder of a run that writes over another, until it has something to show
 CHECKPOINTS = "checkpoints"
+EVENTS = "tensorboard"
 MODEL_FILES = {"best": BEST, "last": "model.safetensors"}  # the model files
 _SPARE = 4 << 20  # bytes for everything in a folder but the model
 _TYPES = ("F32", "F64", "BF16")  # of a model's tensors: see `base.precision`
@@ -123,8 +124,9 @@ class RunFolder:
         with _named(self.path, "write over"):
             for name in ("config.json", *_NAMES):
                 (self.path / name).unlink(missing_ok=True)
-            if (self.path / CHECKPOINTS).exists():
-                shutil.rmtree(self.path / CHECKPOINTS)
+            for name in (CHECKPOINTS, EVENTS):
+                if (self.path / name).exists():
+                    shutil.rmtree(self.path / name)
             for name in (CHECKPOINTS, *reversed(_NAMES)):
                 if (self.at / name).exists():
                     (self.at / name).rename(self.path / name)

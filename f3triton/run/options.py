@@ -27,6 +27,7 @@ from ..base.words import (
     LANGUAGE_MODELING,
     LAWS,
     LAYERS,
+    LOGS,
     OPTIONS,
     POOLS,
     STATISTICS,
@@ -246,6 +247,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="compare updates with true gradients, on N samples (without N: 512)",
     )
+    add("--log", choices=LOGS, help="write the records of the run for TensorBoard too, to its folder")
+    add("--push-to-hub", metavar="OWNER/NAME", help="put the model on the Hugging Face hub after training")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--dry-run", action="store_true", help="print shapes, FLOPs and the memory budget, and stop")
     add(
@@ -404,7 +407,7 @@ def read_options(path: Path) -> dict[str, object]:
     form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
     check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
     found = {**content.get("data", {}), **content.get("options", {})}
-    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "config"} & found.keys()):
+    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "config", "push_to_hub"} & found.keys()):
         raise InputError(f"{str(path)!r}: {name} is for the command line only")
     check(stored_options(), found, f"{str(path)!r}: options")
     return found
@@ -425,6 +428,7 @@ def from_json(stored: object) -> argparse.Namespace:
         "sample": None,
         "predict": None,
         "exit": None,
+        "push_to_hub": None,
     }  # are not the run's
     return argparse.Namespace(**vars(make_parser().parse_args([])) | stored | here)
 

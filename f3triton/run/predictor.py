@@ -14,6 +14,7 @@ from ..data import Preprocessing
 from ..data.preprocessing import TENSORS, TEXT
 from ..network.sequential import Sequential
 from .folder import build_network, load_weights, model_file, read_config
+from .hub import PREFIX, fetch
 
 LARGEST_INPUT = 1 << 27  # numbers of a sample
 
@@ -149,7 +150,7 @@ def check_fit(network: Sequential, preprocessing: Preprocessing) -> None:
 def load(
     folder: str | Path, device: str | torch.device = "cpu", exit: int | str | None = None, which: str | None = None
 ) -> Predictor:
-    """The model that a run left in its folder, in eval mode. Raises InputError where the folder holds none.
+    """The model that a run left in its folder, or `hf:owner/name` on the hub, in eval mode. Raises InputError for none.
 
     `which`: the `best` model, by the figures on the test data, or the `last`; by default the best where it was kept. The
     predictor's `repr` begins with which it is.
@@ -158,7 +159,8 @@ def load(
 
     Only JSON and safetensors are read, and every size is checked before it is used.
     """
-    folder = Path(folder).expanduser()
+    named = str(folder)
+    folder = fetch(named.removeprefix(PREFIX)) if named.startswith(PREFIX) else Path(folder).expanduser()
     config = read_config(folder)
     preprocessing = Preprocessing.from_json(config["preprocessing"])
     network = build_network(config["network"])

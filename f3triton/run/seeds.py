@@ -35,7 +35,7 @@ def train_seeds(arguments: list[str], seeds: list[str], run: Callable[[list[str]
     options = parse(arguments)
     if len({int(seed) for seed in seeds}) < len(seeds):
         raise InputError(f"seeds {' '.join(seeds)}: one comes twice")
-    for name in ("evaluate", "sample", "dry_run", "resume"):
+    for name in ("evaluate", "sample", "dry_run", "resume", "push_to_hub"):
         if getattr(options, name) not in (None, False):
             raise InputError(f"--{name.replace('_', '-')} takes one seed, got {' '.join(seeds)}")
     if processes()[1] > 1:
