@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .network.sequential import Sequential
     from .network.stage import Stage
     from .run.diagnostics import Diagnostics
+    from .run.memory import memory
     from .run.predictor import Predictor, load
     from .run.settings import Settings
     from .run.trainer import Trainer
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "load_dataset",
     "load_text",
+    "memory",
     "models",
     "stream_dataset",
 ]
@@ -72,6 +74,7 @@ _MODULES = {
     ".network.sequential": ("Sequential",),
     ".network.stage": ("Stage",),
     ".run.diagnostics": ("Diagnostics",),
+    ".run.memory": ("memory",),
     ".run.predictor": ("Predictor", "load"),
     ".run.settings": ("Settings",),
     ".run.trainer": ("Trainer",),

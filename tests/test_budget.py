@@ -165,3 +165,23 @@ def test_the_budget_in_words() -> None:
     assert lines[1].split() == ["1", "Linear", "64", "500", "32,500"]
     assert lines[-1].split()[0] == "total"
     assert next(line for line in lines if "errors" in line).split() == ["errors", "2.0", "KiB"]
+
+
+@pytest.mark.parametrize("method", ["f3", "bp", "local"])
+def test_memory_is_the_budget_of_a_model(method: str) -> None:
+    model, x = f3.models.MLP([64, 500, 10], seed=1), torch.zeros(50, 64)
+    before = list(model.state_dict())
+    found = f3.memory(model, x, method, samples=100, optimizer="adam")
+    if method != "local":
+        expected = budget_of({"model": "mlp", "sizes": [64, 500, 10]}, x, method).memory
+        expected |= {"errors": 100 * 10 * 4 if method == "f3" else 0}
+        assert found == {name: expected[name] for name in found}
+    assert "data" not in found
+    assert found["activations"] > 0
+    assert list(model.state_dict()) == before
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_memory_of_a_plain_module_counts_one_stage() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    assert f3.memory(plain, torch.zeros(4, 8), "bp")["weights"] == 4 * (8 * 16 + 16 + 16 * 3 + 3)
