@@ -39,6 +39,7 @@ FULL = {
     "local vit-cifar10": ["vit-cifar10", "--data", "{cifar10}"],
     "local text": ["text", "--data", "{text}"],
     "local tried": ["tried", "--data", "{cifar10}"],
+    "moments": ["--mnist", "{mnist}", "--text", "{text}", "--cifar10", "{cifar10}"],
     "paper": ["--data", "mnist={mnist}", "wine-quality={wine}"],
     "rates": ["--mnist", "{mnist}", "--wine", "{wine}"],
     "vit": ["--mnist", "{mnist}"],

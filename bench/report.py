@@ -207,8 +207,15 @@ def pipeline_table() -> str:
     return f"{table(header, lines)}\n\n{load}\n\n{source(name)}"
 
 
+def moments_table() -> str:
+    from .moments import show
+
+    return f"{show(read_result('moments.json')['runs'])}\n\n{source('moments.json')}"
+
+
 LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
+    "moments": moments_table,
     "methods": methods_table,
     "rates": rates_table,
     "pipeline": pipeline_table,
