@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -93,8 +95,10 @@ def test_commands_run(page: str, command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", list(dict.fromkeys(page for page, _ in blocks("python"))))
-def test_python_runs(page: str, folder: Path) -> None:
+def test_python_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pieces of a page one after another, in one namespace; a GPU's operations are those of torch here."""
+    for name in ("wandb", "mlflow"):  # not needed but here
+        monkeypatch.setitem(sys.modules, name, MagicMock())
     names: dict[str, object] = {"f3": f3, "torch": torch}
     for found, block in blocks("python"):
         if found == page:
