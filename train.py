@@ -163,12 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         if seeds := seeds_in(arguments):
             return train_seeds(arguments, seeds, main, (lambda line: None) if "--quiet" in typed else tell)
         options = parse(arguments)
-        if options.evaluate is not None:
-            for line in evaluate_run(options, typed):
-                if not options.quiet:
-                    tell(line)
-        elif options.predict is not None:
-            for line in predict_run(options, typed):
+        if options.evaluate is not None or options.predict is not None:
+            for line in (predict_run if options.evaluate is None else evaluate_run)(options, typed):
                 if not options.quiet:
                     tell(line)
         elif options.sample is not None:

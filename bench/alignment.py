@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 import f3triton as f3
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 METHODS = {"f3": {}, "dfa": {"method": "dfa"}}
 EXTRAS = {
@@ -129,7 +128,7 @@ def main() -> None:
         parser.error("give --mnist DATASET or --quick")
     torch.set_num_threads(1)
     output = options.output or RESULTS / ("alignment-quick.json" if options.quick else "alignment.json")
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     limits = {} if options.quick else {"max_train_samples": options.rows, "max_test_samples": 2000}
     data = f3.load_dataset("digits" if options.quick else options.mnist, **limits)
     epochs = 2 if options.quick else options.epochs

@@ -131,6 +131,11 @@ def read_result(name: str) -> dict:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def runs_in(path: Path) -> dict:
+    """The runs that a result file holds already, so that they are not repeated; none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else {}
+
+
 def write_result(path: Path, content: dict) -> None:
     """Write a result whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

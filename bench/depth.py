@@ -12,7 +12,6 @@ the result file is not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 
 import f3triton as f3
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 DEPTHS = (1, 2, 5, 10, 25, 50, 100)
 METHODS = ("f3", "dfa", "bp")
@@ -100,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings, depths = (QUICK, (1, 2, 5)) if options.quick else (SETTINGS, DEPTHS)
     output = options.output or RESULTS / ("depth-quick.json" if options.quick else "depth.json")
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     parts = divided(made_up() if options.quick else read(options.data), settings["rows"])
     for depth in depths:
         for method in METHODS:

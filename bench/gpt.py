@@ -12,7 +12,6 @@ that is in the result file already is not repeated, so the command can be stoppe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from f3triton.base.exceptions import InputError
 from f3triton.run.options import make_settings, parse
 from f3triton.run.parts import load_data, make_network, network_of
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 # What is the same in all runs; chosen so that a run takes a few minutes on one core of a CPU.
 COMMON = [
@@ -121,7 +120,7 @@ def main() -> None:
     output = options.output or RESULTS / ("gpt-quick.json" if options.quick else "gpt.json")
     text = options.text or str(Path(__file__).resolve().parents[1] / "README.md")
     common, names = (QUICK, ["bp", "f3-block-windows"]) if options.quick else (COMMON, list(RUNS))
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     data: list = []
     try:
         for name in options.only or names:

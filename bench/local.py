@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,10 +29,10 @@ import torch
 
 import f3triton as f3
 from f3triton.data.text import TextDataset
-from f3triton.run.budget import estimate, with_local
+from f3triton.run.dry_run import budget_by
 from f3triton.run.tally import Diverged
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 from .local_tried import changed
 
 Settings = dict[str, object]
@@ -194,11 +193,9 @@ def split(train: f3.Dataset) -> tuple[f3.Dataset, f3.Dataset]:
 
 def costs(trainer: f3.Trainer, train: f3.Dataset) -> dict[str, int]:
     """What the training needs by arithmetic: parameters with those of heads, and for a step FLOPs and bytes of activations."""
-    network, signal = copy.deepcopy(trainer.model).to("meta"), trainer.settings.resolved_signal
+    network = copy.deepcopy(trainer.model).to("meta")
     x = train.fetch(torch.zeros(trainer.batch_size, dtype=torch.int64), torch.float32).to("meta")
-    found = estimate(network, x, trainer.rule, signal)
-    if signal is not None and signal.local:
-        found = with_local(found, network, x, trainer.settings.reach)
+    found = budget_by(trainer.settings, network, x, train.outputs, train.positions)
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "flops": found.flops,
@@ -294,7 +291,7 @@ def main() -> None:
         parser.error("give a task with --data DATASET, or --quick")
     torch.set_num_threads(options.threads)
     output = options.output or RESULTS / f"local-{options.task or 'quick'}.json"
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     rows: list[dict] = []
     for name in QUICK if options.quick else [options.task]:
         task = small(TASKS[name]) if options.quick else TASKS[name]

@@ -10,7 +10,6 @@ that is in the result file already is not repeated, so the command can be stoppe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from f3triton.base.exceptions import InputError
 from f3triton.run.options import make_settings, parse
 from f3triton.run.parts import load_data, make_network, network_of
 
-from .common import RESULTS, result, row, table, write_result
+from .common import RESULTS, result, row, runs_in, table, write_result
 
 MLP = ["--lr", "5e-4", "--epochs", "5"]
 GPT = [
@@ -93,7 +92,7 @@ def main() -> None:
     sources = {"digits": ["--dataset", "digits"]}
     sources |= {name: ["--dataset", getattr(options, name)] for name in ("mnist", "cifar10") if getattr(options, name)}
     sources |= {"text": ["--text", options.text]} if options.text else {}
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     try:
         for name, (data, own) in (QUICK if options.quick else RUNS).items():
             if data not in sources or (options.only and name not in options.only):

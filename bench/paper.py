@@ -12,7 +12,6 @@ those of the authors' own code (Helmholtz-AI-Energy/f3, unchanged, seed 1) in th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from f3triton.recipes import Recipe, read_recipe, recipe_names
 from f3triton.run.options import make_settings, parse
 from f3triton.run.parts import load_data, make_network, network_of
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 WATCHED = (1, 2, 5, 10, 20, 50, 100, 200)
 
@@ -132,7 +131,7 @@ def main() -> None:
     extra = [] if options.epochs is None else ["--epochs", str(options.epochs)]
     if options.quick:
         options.data, options.only, extra = ["mnist=digits"], ["bp", "f3-default"], ["--epochs", "10", "--hidden", "100"]
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     try:
         for name, _, source in (item.partition("=") for item in options.data):
             data: dict = {}

@@ -12,7 +12,6 @@ test set is looked at. A run that is in the result file is not repeated, so the 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 import f3triton as f3
 from f3triton.run.tally import Diverged
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 from .local import split
 
 METHODS = ("f3", "local", "dfa", "bp")
@@ -85,7 +84,7 @@ def main() -> None:
         parser.error("give --mnist DATASET and --wine DATASET, or --quick")
     torch.set_num_threads(1)
     output = options.output or RESULTS / ("rates-quick.json" if options.quick else "rates.json")
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     cases, rates = ({"digits": Case("digits", 2)}, RATES[:2]) if options.quick else (CASES, RATES)
     for name, case in cases.items():
         source = "digits" if case.data == "digits" else getattr(options, case.data)

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 import f3triton as f3
 from f3triton.base.data import Visit
+from f3triton.kernels import Update, eager, new_state
 
 from .common import RESULTS, needs_gpu, result, row, save, table
 
@@ -106,20 +107,18 @@ def library(method: str, width: int, depth: int, norm: bool = False) -> Step:
 
 def floor(width: int, depth: int, batch: int) -> Step:
     """The products and the Adam pass of an F3 step, and nothing else."""
-    sizes = [INPUTS, *[width] * depth, CLASSES]
-    layers = []
+    sizes, rule = [INPUTS, *[width] * depth, CLASSES], f3.Adam(lr=LR)
+    update, layers = Update(rule, LR, torch.ones(())), []
     for k, n in itertools.pairwise(sizes):
         weight = torch.randn(n, k)
-        layers.append((torch.randn(batch, k), torch.randn(batch, n), weight, *(torch.zeros_like(weight) for _ in range(3))))
-    count = torch.ones(())
+        layers.append((torch.randn(batch, k), torch.randn(batch, n), weight, torch.zeros_like(weight), new_state(weight, rule)))
 
     @torch.no_grad()
     def step(_: Tensor) -> None:
-        for x, delta, weight, gradient, m, v in layers:
+        for x, delta, weight, gradient, state in layers:
             torch.mm(x, weight.t())
             torch.mm(delta.t(), x, out=gradient)
-            torch._fused_adam_([weight], [gradient], [m], [v], [], [count], lr=LR, beta1=0.9, beta2=0.999, weight_decay=0.0,
-                               eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
+            eager.update_(weight, gradient, state, update)
 
     return step
 

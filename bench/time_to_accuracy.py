@@ -14,7 +14,6 @@ file is not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ import f3triton as f3
 from f3triton.base.data import Visit
 from f3triton.learn.loss import error_sizes, losses_by_sample
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 METHODS = {
     "f3, windows of 50 x 2": {"window": 50, "visits": 2},
@@ -121,7 +120,7 @@ def main() -> None:
     target, lengths, learning = (5.0, (30,), RATES[1:2]) if options.quick else (options.target, LENGTHS, RATES)
     networks = ["1 tanh"] if options.quick else options.networks
     output = options.output or RESULTS / ("time-to-accuracy-quick.json" if options.quick else "time-to-accuracy.json")
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     data = divided(f3.load_dataset("digits" if options.quick else options.mnist))
     rows, lines = [], []
     for network in networks:

@@ -12,14 +12,13 @@ stopped and started again. `--quick` is a smaller network on the bundled digits,
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 import f3triton as f3
 
-from .common import RESULTS, result, row, save, table
+from .common import RESULTS, result, row, runs_in, save, table
 
 MNIST = {
     "image_size": 28, "channels": 1, "classes": 10, "patch_size": 7, "depth": 4, "heads": 8, "dim": 32, "head_dim": 64,
@@ -95,7 +94,7 @@ def main() -> None:
     output = options.output or RESULTS / ("vit-quick.json" if options.quick else "vit.json")
     data = f3.load_dataset("digits" if options.quick else options.mnist)
     network = DIGITS if options.quick else MNIST
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     settings = {"network": network, "epochs": options.epochs, "seed": options.seed, "threads": options.threads}
     for name in options.only or RUNS:
         if name not in runs:

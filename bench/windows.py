@@ -10,14 +10,13 @@ again. `--quick` is a grid of minutes on the bundled digits, in a file of its ow
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 import f3triton as f3
 
-from .common import RESULTS, result, row, save
+from .common import RESULTS, result, row, runs_in, save
 
 OFF = {"window": "off"}
 PEERS = {"bp": {"method": "bp"}, "dfa": {"method": "dfa"}, "f3": OFF}
@@ -103,7 +102,7 @@ def main() -> None:
         parser.error("give --mnist DATASET or --quick")
     torch.set_num_threads(options.threads)
     output = options.output or RESULTS / ("windows-quick.json" if options.quick else "windows.json")
-    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else {}
+    runs = runs_in(output)
     train, test = f3.load_dataset("digits" if options.quick else options.mnist)
     for hidden, epochs, seeds, cells in QUICK if options.quick else GRID:
         for settings in cells:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import Tensor
 
 from ..data import Dataset, StreamDataset
 from ..error_store import check_home, is_folder, pick_home
 from ..models.build import build
+from ..network.sequential import Sequential
 from ..visits.streams import check_stream
 from ..visits.windows import steps_per_epoch
 from .budget import Budget, describe, estimate, with_local
@@ -52,16 +54,28 @@ def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset)
 
 def budget_of(settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset], error_bytes: int = 0) -> Budget:
     """The budget by arithmetic; of the network only the shapes are made."""
-    train_set, signal = data[0], settings.resolved_signal
+    train_set = data[0]
     batch = torch.zeros(min(settings.batch_size, len(train_set)), dtype=torch.int64, device=train_set.device)
     x = train_set.fetch(batch, torch.float32).to("meta")  # the first sample again and again
     with torch.device("meta"):
         shapes = build(network)
-        if signal is not None and signal.local:
-            shapes.prepare(x[:1], train_set.outputs, None, train_set.positions)
-            add_readings(shapes, settings, train_set.outputs, train_set.positions)
     kept = error_bytes, sum(part.nbytes for part in data)
-    budget = estimate(shapes, x, settings.rule, signal, settings.types, settings.error_rank, *kept, settings.moments)
-    if signal is None or not signal.local:
+    return budget_by(settings, shapes, x, train_set.outputs, train_set.positions, *kept)
+
+
+def budget_by(
+    settings: Settings, network: Sequential, x: Tensor, outputs: int, positions: int, error_bytes: int = 0, data_bytes: int = 0
+) -> Budget:
+    """The budget of a network on the meta device, which gets the readings that it needs, for batches like `x [M, ...]` on it
+    as well, with so many outputs at each of a sample's positions."""
+    signal = settings.resolved_signal
+    local = signal is not None and signal.local
+    if local:
+        with torch.device("meta"), torch.no_grad():
+            network.prepare(x[:1], outputs, None, positions)
+            add_readings(network, settings, outputs, positions)
+    kept = error_bytes, data_bytes
+    budget = estimate(network, x, settings.rule, signal, settings.types, settings.error_rank, *kept, settings.moments)
+    if not local:
         return budget
-    return with_local(budget, shapes, x, settings.reach, settings.local_positions, settings.local_candidates)
+    return with_local(budget, network, x, settings.reach, settings.local_positions, settings.local_candidates)

@@ -229,15 +229,19 @@ class RunFolder:
         self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        final = self.at / name
-        temporary = self.at / f".{name}.{os.getpid()}.tmp"
-        with _named(final, "write"):
-            try:
-                write(temporary)
-                if temporary.exists():
-                    temporary.replace(final)
-            finally:
-                temporary.unlink(missing_ok=True)
+        replace_file(self.at / name, write)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file by `write`, which gets another name for it, appear whole or not at all. Raises InputError where it cannot."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _named(path, "write"):
+        try:
+            write(temporary)
+            if temporary.exists():
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 class _named:

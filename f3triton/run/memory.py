@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..error_store import make_codec
 from ..network.block import Block
 from ..network.sequential import Sequential
-from .budget import estimate, with_local
+from .dry_run import budget_by
 from .settings import Settings
-from .trainer import add_readings
 
 
 def memory(model: nn.Module, example: Tensor, method: str = "f3", samples: int = 0, **settings: object) -> dict[str, int]:
@@ -23,23 +22,18 @@ def memory(model: nn.Module, example: Tensor, method: str = "f3", samples: int =
     model changed; the table is that of `train.py --dry-run`, less the data. Raises InputError for settings that do not fit.
     """
     own = Settings(method=method, **settings)
-    signal, x = own.resolved_signal, example.to("meta")
+    x = example.to("meta")
     shapes: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     shapes |= {id(b): b.to("meta") for b in model.buffers()}
     model = copy.deepcopy(model, shapes).to("meta")  # copies no weights
     network = model if isinstance(model, Sequential) else Sequential(Block(model))
     with torch.device("meta"), torch.no_grad():
         shape = network(x).shape
-        outputs, positions = shape[-1], shape[1:-1].numel()
-        if signal is not None and signal.local:
-            network.prepare(x[:1], outputs, None, positions)
-            add_readings(network, own, outputs, positions)
+    outputs, positions = shape[-1], shape[1:-1].numel()
     errors = 0
     if own.keeps_errors:
         classes = own.error_rank is None and own.loss != "mse"
         codec = make_codec(own.error_dtype, own.error_rank or outputs, own.types.working, classes, 0)
         errors = samples * positions * codec.row_bytes
-    budget = estimate(network, x, own.rule, signal, own.types, own.error_rank, errors, 0, own.moments)
-    if signal is not None and signal.local:
-        budget = with_local(budget, network, x, own.reach, own.local_positions, own.local_candidates)
+    budget = budget_by(own, network, x, outputs, positions, errors)
     return {name: count for name, count in budget.memory.items() if name != "data"}

@@ -41,6 +41,8 @@ from ..recipes import read_recipe, read_toml, recipe_names, split_name
 from .settings import Settings, count_or_word, number_or_word
 
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
+# Options of one call, which a run's configuration and a file of options do not have.
+HERE = {"resume", "overwrite", "evaluate", "sample", "predict", "exit", "config", "push_to_hub"}
 KEEP = 2  # checkpoints
 WORKERS = ("pipeline", "pipeline_split", "data_parallel", "data_parallel_by")
 
@@ -407,8 +409,8 @@ def read_options(path: Path) -> dict[str, object]:
     form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
     check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
     found = {**content.get("data", {}), **content.get("options", {})}
-    for name in sorted({"resume", "overwrite", "evaluate", "sample", "exit", "config", "push_to_hub"} & found.keys()):
-        raise InputError(f"{str(path)!r}: {name} is for the command line only")
+    if others := sorted(found.keys() & HERE):
+        raise InputError(f"{str(path)!r}: {others[0]} is for the command line only")
     check(stored_options(), found, f"{str(path)!r}: options")
     return found
 
@@ -421,16 +423,8 @@ def whole_path(path: str) -> str:
 def from_json(stored: object) -> argparse.Namespace:
     """A run's options. Raises InputError where they are not a run's."""
     check(stored_options(), stored, "the run's options in config.json: it")
-    here = {
-        "resume": None,
-        "overwrite": False,
-        "evaluate": None,
-        "sample": None,
-        "predict": None,
-        "exit": None,
-        "push_to_hub": None,
-    }  # are not the run's
-    return argparse.Namespace(**vars(make_parser().parse_args([])) | stored | here)
+    plain = vars(make_parser().parse_args([]))
+    return argparse.Namespace(**plain | stored | {name: plain[name] for name in HERE})
 
 
 def stored_options() -> Fields:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from ..base.exceptions import InputError
 from ..data.columns import Table
 from ..data.preprocessing import IMAGE, TENSORS, TEXT
 from ..data.sources import folders_of, open_source
+from .folder import replace_file
 from .predictor import load
 
 BATCH = 1000  # rows that go through the network at once
@@ -61,18 +61,10 @@ def predict_run(options: argparse.Namespace, typed: set[str]) -> list[str]:
     return [f"{len(found):,} predictions in {place}"]
 
 
-def _write(place: Path, header: list[str], lines: object) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
-        try:
-            with open(handle, "w", newline="", encoding="utf-8") as out:
-                writer = csv.writer(out)
-                writer.writerow(header)
-                writer.writerows(lines)
-            os.replace(temporary, place)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {str(place)!r}: {error.strerror}") from None
+def _write(place: Path, header: list[str], lines: Iterable[Sequence[object]]) -> None:
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows([header, *lines])
+
+    replace_file(place, write)

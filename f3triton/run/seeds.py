@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from ..base.exceptions import InputError
 from ..distributed.mesh import processes
 from .console import shown
-from .folder import RunFolder, json_text, read_json
+from .folder import RunFolder, json_text, read_json, replace_file
 from .options import parse
 from .start import default_folder
 
@@ -51,9 +50,7 @@ def train_seeds(arguments: list[str], seeds: list[str], run: Callable[[list[str]
         if code:
             return code
     summary = summary_of({int(seed): read_json(folder, "summary.json") for seed, folder in folders.items()})
-    temporary = path / f".summary.json.{os.getpid()}.tmp"
-    temporary.write_text(json_text(summary, indent=2), encoding="utf-8")
-    temporary.replace(path / "summary.json")
+    replace_file(path / "summary.json", lambda place: place.write_text(json_text(summary, indent=2), encoding="utf-8"))
     for method, figures in summary["figures"].items():
         for name, found in figures.items():
             values = "  ".join(f"{value:.4g}" for value in found["values"])
