@@ -50,6 +50,7 @@ def test_a_file_gives_options_that_others_override(tmp_path: Path) -> None:
         ("lr = 1", "it is 'with lr'"),
         ("[options]\nlr = 'fast'", "options.lr is 'fast'; allowed: a finite number or null"),
         ("[options]\nresume = 'auto'", "resume is for the command line only"),
+        ("[options]\npredict = ['runs/one', 'rows.csv']", "predict is for the command line only"),
         ("[options]\nhidden = ['many']", "options.hidden"),
         (None, "No such file"),
     ],

@@ -159,12 +159,17 @@ def test_checkpoints_elsewhere(sound: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.float8_e4m3fn, torch.complex64])
-def test_weights_of_another_type(kind: torch.dtype, sound: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("which", "name"), [("best", "best.safetensors"), ("last", "model.safetensors")])
+def test_weights_of_another_type(kind: torch.dtype, which: str, name: str, sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "run")
-    path = tmp_path / "run" / "best.safetensors"
-    save_file({name: tensor.to(kind) for name, tensor in load_file(path).items()}, path)
+    path = tmp_path / "run" / name
+    other = {name: tensor.to(kind) for name, tensor in load_file(path).items()}
+    try:
+        save_file(other, path)
+    except KeyError:
+        pytest.skip("this safetensors writes no tensors of that type")
     with pytest.raises(f3.InputError, match="allowed: F32, F64, BF16"):
-        f3.load(tmp_path / "run")
+        f3.load(tmp_path / "run", which=which)
 
 
 @pytest.mark.parametrize(
