@@ -31,6 +31,7 @@ SAMPLES = 6000
 # name: (layer sizes, batch, precision)
 SETTINGS = {
     "784-500-10, batch 50, float32": ([784, 500, 10], 50, "float32"),
+    "784-500x3-10, batch 50, float32": ([784, 500, 500, 500, 10], 50, "float32"),
     "8 x 4096, batch 256, bfloat16": ([4096] * 8 + [16], 256, "bfloat16"),
     "8 x 4096, batch 4096, bfloat16": ([4096] * 8 + [16], 4096, "bfloat16"),
 }
@@ -88,7 +89,7 @@ def backprop(sizes: list[int], batch: int, precision: str, device: torch.device,
     else:
         replay = run
 
-    def step(index: Tensor) -> None:
+    def step(index: Tensor, kept: Callable = run) -> None:  # a graph does not keep the tensors alive that it reads and writes
         static.copy_(index)
         replay()
 
