@@ -24,7 +24,7 @@ from .rules import SGD, Adam, Rule, State, Update, new_state
 Ops = ModuleType | SimpleNamespace
 Feedback = Tensor | GeneratedFeedback
 # sizes among which the smallest are taken that reach each tile; none a multiple of 16
-ROWS, OUTPUTS, INPUTS = (13, 30, 50, 70, 260), (20, 70, 300), (40, 300)
+ROWS, OUTPUTS, INPUTS = (13, 30, 50, 70, 260), (20, 70, 300, 3300), (40, 300, 1100)
 RULES = (SGD(lr=0.5), SGD(lr=0.5, momentum=0.5), Adam(lr=0.01))
 WIDTHS = (2, 7, 1000, 5000)  # columns of the last layer
 
@@ -38,11 +38,8 @@ def sizes(half: bool, roomy: bool, multiprocessors: int = 1) -> dict[tuple[str, 
     grid = sorted(itertools.product(ROWS, OUTPUTS, INPUTS), key=lambda size: size[0] * size[1] * size[2])
     for number, rule in enumerate(RULES):
         for rows, outputs, inputs in grid:
-            if rows <= tiles.STEP_ROWS:
-                reached = [tiles.step_tile(rows, half, made) for made in (False, True)]
-            else:
-                reached = [tiles.forward_tile(rows, outputs, half, roomy, curved) for curved in (False, True)]
-                reached.append(tiles.update_tile(outputs, inputs, half, rule.moments, roomy, multiprocessors))
+            reached = [tiles.forward_tile(rows, outputs, half, roomy, curved, multiprocessors) for curved in (False, True)]
+            reached.append(tiles.update_tile(rows, outputs, inputs, half, rule.moments, roomy, multiprocessors))
             for tile in reached:
                 found.setdefault((f"{number} {type(rule).__name__}", str(tile)), (rows, outputs, inputs))
     return found
