@@ -64,6 +64,22 @@ HEAD_CLASSES = max(HEAD)  # of a head in one launch: all are in registers
 OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
 
 
+@dataclass(frozen=True)
+class NetworkTile:
+    """Of many steps in one launch: rows of a weight that are one block, inputs at a time for the last layer, for others, and in
+    an update; how many turns of the products' loops and the updates' are one."""
+
+    outputs: int = 4
+    inputs: int = 32
+    taught: int = 1024
+    unroll: int = 4
+    unroll_rows: int = 10
+    warps: int = 8
+
+
+NETWORK_CLASSES = 64  # outputs of the network, whose last layer is one program's
+
+
 def forward_tile(rows: int, outputs: int, half: bool, roomy: bool = False, curved: bool = False) -> Tile:
     """For `h [rows, outputs]`; `half`: products in half precision; `roomy`: the device has `ROOMY` shared memory a program.
 
