@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import eager
 from .gpu import tiles
@@ -124,3 +125,24 @@ def _fault(device: torch.device, precision: str) -> str | None:
     except Exception as error:
         return f"does not run on this device: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None if wrong is None else f"gives wrong results on this device ({wrong})"
+
+
+def network_steps() -> Callable[..., Tensor]:
+    """`reference.network_steps_` in one launch, with `failed`; see `gpu.steps`."""
+    return importlib.import_module(".gpu.steps", __package__).network_steps_
+
+
+def network_fault(device: torch.device, *about: object) -> str | None:
+    """Why steps of a network cannot be one launch on this device; None where they can. `about`: see `selfcheck.network_fault`.
+
+    What the kernel does not do is an answer, and what goes wrong is warned of.
+    """
+    from . import selfcheck
+
+    try:
+        why, wrong = selfcheck.network_fault(device, *about)
+    except Exception as error:
+        why, wrong = None, f"does not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if wrong is not None:
+        warnings.warn(f"a launch of many steps {wrong} on this device; steps are launched one by one", stacklevel=2)
+    return why or wrong
