@@ -36,9 +36,12 @@ from triton.compiler import ASTSource, CompiledKernel
 from f3triton.kernels import SGD, Adam, GeneratedFeedback, Update, new_state
 from f3triton.kernels.gpu import head as triton_head
 from f3triton.kernels.gpu import linear as triton_linear
+from f3triton.kernels.gpu import network as triton_network
 from f3triton.kernels.gpu import ops as triton_ops
 from f3triton.kernels.gpu import output as triton_output
+from f3triton.kernels.gpu import steps as triton_steps
 from f3triton.kernels.gpu import tiles
+from f3triton.kernels.rules import Layer
 
 from .common import result, row, table, write_result
 
@@ -59,6 +62,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
@@ -89,12 +93,14 @@ class Case:
     def name(self) -> str:
         """What it is, in words."""
         words = [self.operation, "x".join(map(str, self.size)), self.dtype]
-        if self.operation in ("update", "step", "elements"):
+        if self.operation in ("update", "step", "elements", "network"):
             words += [self.rule, "stochastic" * (self.weight == "bf16"), self.moments * (self.moments != "float32")]
-        if self.operation in ("forward", "step"):
+        if self.operation in ("forward", "step", "network"):
             words += [self.activation, self.feedback]
         if self.operation == "output":
             words += self.output
+        if self.operation == "network":
+            words.append(self.output[0])
         if self.operation == "head":
             words += [self.output[0], "norm" * self.norm]
         return " ".join(filter(None, [*words, "roomy" * self.roomy]))
@@ -149,6 +155,11 @@ def cases() -> list[Case]:
         narrow += [Case("step", (50, 784, 500, 10), dtype, feedback="trinomial") for dtype in ("fp32", "bf16")]
         narrow += [replace(case, weight="bf16") for case in narrow if case.dtype == "bf16"]
         found += [replace(case, moments=moments) for case in [*narrow, Case("elements", (1, 500, 500, 1))]]
+    steps = [Case("network", (rows, 784, 500, 10), activation=kind) for rows in (50, 16) for kind in ("tanh", "gelu")]
+    steps += [Case("network", (50, 784, 500, 10), rule=rule) for rule in ("sgd", "momentum")]
+    steps += [Case("network", (64, 784, 500, 10), activation="silu"), Case("network", (50, 784, 500, 64))]
+    steps += [Case("network", (1, 7, 3, 2), output=(loss, "delayed-error", "auto")) for loss in ("bce", "mse")]
+    found += steps + [twin(case) for case in steps]
     found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
     for dtype in ("fp32", "fp16", "bf16"):
         heads = [Case("head", (100, 1, 500, classes), dtype) for classes in (10, 32, 50, 100)]
@@ -195,7 +206,7 @@ def recording() -> Iterator[list[Launch]]:
             made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options))
 
     kernels = [(triton_linear, name) for name in ("forward", "update", "step_small", "update_elements")]
-    kernels += [(triton_output, "output"), (triton_head, "head")]
+    kernels += [(triton_output, "output"), (triton_head, "head"), (triton_network, "network")]
     before: list[tuple[ModuleType, str, triton.JITFunction]] = [(room, name, getattr(room, name)) for room, name in kernels]
     for room, name, kernel in before:
         setattr(room, name, Recorder(kernel))
@@ -248,6 +259,12 @@ def launch_of(case: Case) -> Launch:
                 head, its_bias = tensor(c, n).to(weight_dtype), tensor(c).to(weight_dtype)
                 owned = new_state(head, rule, 0, dtype if dtype != torch.float32 else None), new_state(its_bias, rule, 1)
                 triton_ops.head_step_(delta, head, its_bias, error, case.output[0], *owned, update, case.norm)
+            elif case.operation == "network":
+                last, its_bias = tensor(c, n), tensor(c)
+                layers = [Layer(weight, bias, *states, feedback)]
+                layers += [Layer(last, its_bias, new_state(last, rule), new_state(its_bias, rule, 1))]
+                now = replace(update, lr=tensor(1))
+                triton_steps.network_steps_(x[None], error[None], error[None], layers, case.output[0], now, case.activation)
             else:
                 loss, source, link = case.output
                 triton_ops.output_step(error, error, loss, source, link)
@@ -306,6 +323,8 @@ def cost(case: Case) -> tuple[int, int]:
         return item * m * n * (2 + case.norm) + 4 * (c * n + 2 * m * c), 4 * m * n * c
     item, weight, error = 4 if case.dtype == "fp32" else 2, n * k, m * c + c * n
     state = (8 + 8 * RULES[case.rule].moments) * weight
+    if case.operation == "network":
+        return state + item * (m * k + 2 * m * n) + state // weight * n * c, 4 * m * k * n + 4 * m * n * c + 2 * m * n * c
     if case.operation == "elements":
         return state + 4 * weight, 15 * weight
     if case.operation in ("forward", "keep", "transposed"):
