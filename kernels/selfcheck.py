@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, reference
 from .generated import GeneratedFeedback
 from .gpu import tiles
-from .rules import SGD, Adam, Rule, State, Update, new_state
+from .rules import SGD, Adam, Layer, Rule, State, Update, new_state
 
 Ops = ModuleType | SimpleNamespace
 Feedback = Tensor | GeneratedFeedback
@@ -183,3 +184,60 @@ def fault(device: torch.device, dtype: torch.dtype, precision: str) -> str | Non
         if wrong is not None:
             return f"wrong {wrong} of {what}"
     return None
+
+
+@cache
+def network_fault(
+    device: torch.device,
+    sizes: tuple[int, ...],
+    width: int,
+    batch: int,
+    rule: Rule,
+    loss: str,
+    activation: str,
+    bias: bool,
+) -> tuple[str | None, str | None]:
+    """(what the one launch of a network's steps does not do, what is wrong with it on this device), None each where nothing is.
+
+    Steps of random layers of these `sizes`, as errors of this `width` and batches of so many samples teach them, are compared
+    with those of torch in float64: by the very kernel that a run with them compiles.
+    """
+    from .gpu import steps
+
+    generator = torch.Generator().manual_seed(0)
+    if not isinstance(rule, SGD):
+        rule = replace(rule, eps=1e-2)  # no gradient is so small that its sign decides
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    def layer(k: int, n: int, place: int) -> Layer:
+        weight, b = draw(n, k) / k**0.5, draw(n) / 8 if bias else None
+        states = new_state(weight, rule), None if b is None else new_state(b, rule)
+        return Layer(weight, b, *states, draw(width, n) if place < len(sizes) - 2 else None)
+
+    ours = [layer(k, n, place) for place, (k, n) in enumerate(itertools.pairwise(sizes))]
+    why = steps.refusal(ours, batch, device)
+    if why is not None or device.type != "cuda":
+        return why, None
+    theirs = [_widened(one, rule) for one in ours]
+    count = 5
+    x, row, lr = draw(count, batch, sizes[0]), draw(count, batch, width) / 8, torch.full((count,), 1e-2, device=device)
+    target = draw(count, batch, sizes[-1]).softmax(-1)
+    step, failed = torch.ones((), dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    a = steps.network_steps_(x, row, target, ours, loss, Update(rule, lr, step), activation, 0.1, failed=failed)
+    if int(failed):
+        return None, "comes to no end: programs waited in vain for each other"
+    x, row, target, lr = (tensor.double() for tensor in (x, row, target, lr))
+    right = reference.network_steps_(x, row, target, theirs, loss, Update(rule, lr, step), activation, 0.1)
+    pairs = [("output", a, right)]
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        pairs += [(f"weight {place}", one.weight, other.weight)] + [(f"bias {place}", one.bias, other.bias)] * bias
+    wrong = (name for name, mine, its in pairs if not torch.allclose(mine.double(), its, 1e-3, 1e-4))
+    return None, next((f"gives a wrong {name}" for name in wrong), None)
+
+
+def _widened(layer: Layer, rule: Rule) -> Layer:
+    """A copy in float64."""
+    weight, bias, feedback = (None if t is None else t.double() for t in (layer.weight, layer.bias, layer.feedback))
+    return Layer(weight, bias, new_state(weight, rule), None if bias is None else new_state(bias, rule), feedback)

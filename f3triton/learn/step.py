@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from ..network.sequential import Sequential
 from ..network.stage import Stage
 from ..network.updater import Replicas, Step, Updater
 from .cuda_graph import GraphedStep
+from .epoch import EpochLaunch
 from .local import Hearing, Local
 from .signal import Signal
 
@@ -50,6 +51,13 @@ class Learner(Protocol):
     def use_graph(self, batch: int, slots: int) -> bool:
         """Run visits of `batch` samples as CUDA graphs from now on, results being kept for `slots` visits; False where they
         cannot be."""
+
+    def use_launches(self, batch: int) -> int:
+        """Get ready for `visits`, where `epoch.refusal` has nothing against it; returns how many they may be."""
+
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> list[Output]:
+        """Learn from several batches, of `batch` samples each, by their learning rates: what `visit` does, in one launch. No
+        row may occur twice. Raises InputError where that launch came to nothing."""
 
     def state(self) -> dict[str, Tensor]:
         """What the update rule keeps between steps, by name: the very tensors that it works on."""
@@ -100,6 +108,7 @@ class F3Learner:
         self.scale, self.store, self.seed, self.local = scale, store, seed, local
         self.dtype, self.device = working_dtype(model), updater.step.device
         self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit
+        self.launch: EpochLaunch | None = None
 
     def visit(self, visit: Visit, lr: float) -> Output:
         """See `Learner`: what is read and written around `learn`."""
@@ -209,6 +218,20 @@ class F3Learner:
                 teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
             }
         return bool(self.graphs)
+
+    def use_launches(self, batch: int) -> int:
+        """See `Learner`."""
+        self.launch = EpochLaunch(self.model, self.updater, self.signal, self.loss, self.scale, batch)
+        return self.launch.steps
+
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> list[Output]:
+        """See `Learner`."""
+        index = torch.cat([visit.index for visit in visits])
+        whole = visits[0]._replace(index=index, row=index)
+        x, target, row, _ = self.given(whole)
+        error, figures = self.launch(x, row, target, rates)
+        self.signal.after(whole, self.signal.kept(error, target) if self.signal.delayed else None, target, self.store)
+        return [Output(None, None, *of_step) for of_step in figures]
 
     def state(self) -> dict[str, Tensor]:
         """See `Learner`."""

@@ -80,8 +80,11 @@ class Tally:
         a, target, losses, right = self._together()
         if a is not None:
             losses, right = losses_by_sample(a, target, self.loss), hits(a, target)  # [samples]
-        # sums of slices, and no scattered additions, whose order is anybody's on a GPU
-        self.losses.append(torch.stack([part.sum() for part in losses.double().split(sizes)]))
+        # sums of slices, and no scattered additions, whose order is anybody's on a GPU; of those alike all at once
+        alike = next((place for place, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+        first, others = losses.double().tensor_split([alike * sizes[0]])
+        sums = [part.sum(0, keepdim=True) for part in others.split(sizes[alike:])]
+        self.losses.append(torch.cat([first.view(alike, -1).sum(1), *sums]))
         self.correct.append(right.sum())
         self.waiting.clear()
         self.elements = 0

@@ -301,7 +301,7 @@ def _launch_update(
     constants = _constants(update, weight_state, weight, weight if bias is None else bias)
     more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
     half, room = x.dtype != torch.float32, (_roomy(x.device), _multiprocessors(x.device))
-    tile = tiles.update_tile(rows, outputs, inputs, half, more, *room)
+    tile = tiles.update_tile(rows, outputs, inputs, half, more, *room, bool(weight_state.scales))
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
