@@ -24,9 +24,9 @@ import triton.language as tl
 
 from .math import activate, learn, slope
 
-# what the launch says of a layer, in numbers of 64 bits: addresses, inputs / UNIT, outputs, programs of the layer below
+# what the launch says of a layer, in numbers of 64 bits: addresses, inputs / UNIT, outputs, programs of the layer below and own
 FIELDS = ("weight", "bias", "weight_m1", "weight_m2", "bias_m1", "bias_m2", "feedback", "below", "out",
-          "inputs", "outputs", "needed")  # fmt: skip
+          "inputs", "outputs", "needed", "peers")  # fmt: skip
 
 
 @triton.jit
@@ -49,12 +49,12 @@ def _wait(counter, needed, patience, failed):
 
 @triton.jit
 def _product(x, weight, own, inputs, BATCH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-             UNROLL: tl.constexpr):  # fmt: skip
+             UNROLL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """`x W^T` `[ROWS, OUTPUTS]` of contiguous `x [BATCH, inputs]` and the first `own` rows of `weight`."""
     m, n, k = tl.arange(0, ROWS)[:, None, None], tl.arange(0, OUTPUTS)[None, :, None], tl.arange(0, INPUTS)[None, None, :]
     x_offset, weight_offset = m * inputs + k, n * inputs + k
     total = tl.zeros((ROWS, OUTPUTS, INPUTS), tl.float32)
-    for start in tl.range(0, inputs, INPUTS, loop_unroll_factor=UNROLL):
+    for start in tl.range(0, inputs, INPUTS, loop_unroll_factor=UNROLL, num_stages=STAGES):
         left = tl.load(x + start + x_offset, mask=(m < BATCH) & (k < inputs - start), other=0.0)
         right = tl.load(weight + start + weight_offset, mask=(n < own) & (k < inputs - start), other=0.0)
         total += left * right
@@ -99,18 +99,14 @@ def _teach(x, delta, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, first
 
 
 @triton.jit
-def _loss_gradient(a, y, real, LOSS: tl.constexpr, BATCH: tl.constexpr, classes):
-    """`reference.loss_gradient` of a tile that holds all outputs; `real`: which of them there are."""
-    if LOSS == 0:
-        prediction, rest = tl.sigmoid(a), tl.sigmoid(-a)  # rest: 1 - prediction, without its cancellation
-        gradient = ((1 - y) * prediction - y * rest) / (BATCH * classes.to(tl.float32))
-    elif LOSS == 1:
-        e = tl.exp(a - tl.max(tl.where(real, a, float("-inf")), 1)[:, None])
-        e = tl.where(real, e, 0.0)
-        gradient = (e / tl.sum(e, 1)[:, None] * tl.sum(y, 1)[:, None] - y) / BATCH
-    else:
-        gradient = 2 * (a - y) / (BATCH * classes.to(tl.float32))
-    return gradient
+def _softmax(a, y, classes, ROWS: tl.constexpr, BATCH: tl.constexpr, CLASSES: tl.constexpr):
+    """Of each row of `a [BATCH, classes]` in memory: the largest entry, the sum of exponentials below it, and that of `y`."""
+    m, c = tl.arange(0, ROWS)[:, None], tl.arange(0, CLASSES)[None, :]
+    real = (m < BATCH) & (c < classes)
+    all_a = tl.load(a + m * classes + c, mask=real, other=0.0)
+    top = tl.max(tl.where(c < classes, all_a, float("-inf")), 1)
+    total = tl.sum(tl.where(c < classes, tl.exp(all_a - top[:, None]), 0.0), 1)
+    return top[:, None], total[:, None], tl.sum(tl.load(y + m * classes + c, mask=real, other=0.0), 1)[:, None]
 
 
 @triton.jit(do_not_specialize=["steps", "width", "classes", "patience"])
@@ -121,7 +117,7 @@ def network(
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIELDS: tl.constexpr, UNIT: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CLASSES: tl.constexpr,
     INPUTS: tl.constexpr, WIDTH: tl.constexpr, TAUGHT: tl.constexpr,
-    UNROLL: tl.constexpr, UNROLL_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr, STAGES: tl.constexpr, UNROLL_ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `reference.network_steps_`. `layers [layers, FIELDS]`, `programs [programs, 3]`: layer, first row, end, all int64.
 
@@ -136,11 +132,12 @@ def network(
     weight_m1, weight_m2, bias_m1, bias_m2 = _pointer(about + 2), _pointer(about + 3), _pointer(about + 4), _pointer(about + 5)
     feedback, below, out = _pointer(about + 6), _pointer(about + 7), _pointer(about + 8)
     inputs, outputs = tl.load(about + 9).to(tl.int32) * UNIT, tl.load(about + 10).to(tl.int32)
-    needed = tl.load(about + 11).to(tl.int32)
+    needed, peers = tl.load(about + 11).to(tl.int32), tl.load(about + 12).to(tl.int32)
     scratch += program * BATCH * delta_row
     done = counters + layer * steps
     number = tl.load(step).to(tl.int64) - 1  # of the step before
-    m, n, c = tl.arange(0, ROWS)[:, None], tl.arange(0, OUTPUTS)[None, :], tl.arange(0, CLASSES)[None, :]
+    m, n = tl.arange(0, ROWS)[:, None], tl.arange(0, OUTPUTS)[None, :]
+    elements = BATCH * classes.to(tl.float32)
     for t in range(0, steps):
         if needed > 0:
             patience = _wait(done - steps + t, needed, patience, failed)
@@ -149,7 +146,7 @@ def network(
         for first in range(begin, end, OUTPUTS):
             own = outputs - first
             inside = (m < BATCH) & (n < own)
-            a = _product(below, weight + first * inputs, own, inputs, BATCH, ROWS, OUTPUTS, INPUTS, UNROLL) + lost
+            a = _product(below, weight + first * inputs, own, inputs, BATCH, ROWS, OUTPUTS, INPUTS, UNROLL, STAGES) + lost
             if HAS_BIAS:
                 a += tl.load(bias + first + n, mask=n < own, other=0.0)
             if layer < last:
@@ -160,15 +157,25 @@ def network(
                 tl.store(scratch + first - begin + m * delta_row + n, delta, mask=m < BATCH)
             else:
                 tl.store(out + first + m * outputs + n, a, mask=inside)
+        if layer < last and t > 0:
+            tl.atomic_add(done + t - 1, 1, sem="release")  # of the step before: its h has arrived long ago, and nothing stalls
         tl.debug_barrier()  # h and delta, or a, are there, and every thread has read weight and bias
-        if layer < last:
-            tl.atomic_add(done + t, 1, sem="release")
-        else:
-            real = (m < BATCH) & (c < classes)
-            a = tl.load(out + m * classes + c, mask=real, other=0.0)
-            y = tl.load(target + m * classes + c, mask=real, other=0.0)
-            gradient = tl.where(real, _loss_gradient(a, y, c < classes, LOSS, BATCH, classes), 0.0)
-            tl.store(scratch + m * delta_row + c, gradient, mask=m < BATCH)
+        if layer == last:
+            if LOSS == 1:
+                tl.atomic_add(done + t, 1, sem="release")
+                patience = _wait(done + t, peers, patience, failed)
+                top, total, weights = _softmax(out, target, outputs, ROWS, BATCH, CLASSES)
+            for first in range(begin, end, OUTPUTS):
+                inside = (m < BATCH) & (n < outputs - first)
+                a = tl.load(out + first + m * outputs + n, mask=inside, other=0.0)
+                y = tl.load(target + first + m * outputs + n, mask=inside, other=0.0)
+                if LOSS == 0:
+                    gradient = ((1 - y) * tl.sigmoid(a) - y * tl.sigmoid(-a)) / elements  # without the cancellation in p - y
+                elif LOSS == 1:
+                    gradient = (tl.exp(a - top) / total * weights - y) / BATCH
+                else:
+                    gradient = 2 * (a - y) / elements
+                tl.store(scratch + first - begin + m * delta_row + n, tl.where(inside, gradient, 0.0), mask=m < BATCH)
             tl.debug_barrier()
         for first in range(begin, end, OUTPUTS):
             _teach(below, scratch + first - begin, weight, bias, weight_m1, weight_m2, bias_m1, bias_m2, first, outputs - first,
@@ -179,3 +186,5 @@ def network(
         out += BATCH * outputs
         row += BATCH * width
         target += BATCH * classes
+    if layer < last:
+        tl.atomic_add(done + steps - 1, 1, sem="release")

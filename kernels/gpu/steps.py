@@ -14,14 +14,14 @@ from ..rules import Layer, Update
 from . import network as kernels
 from . import tiles
 from .math import ACTIVATION
-from .ops import _check, _check_state, _constants, _entry, _moments, _multiprocessors, _numbers, unit
+from .ops import _INTERPRETED, _check, _check_state, _constants, _entry, _moments, _multiprocessors, _numbers, unit
 from .output import LOSS
 
 PATIENCE = 1 << 22  # looks at a counter, half a microsecond each
 
 
 def shares(sizes: Sequence[tuple[int, int]], programs: int, block: int) -> list[list[tuple[int, int]]]:
-    """For each hidden layer of `sizes` (inputs, outputs), the rows `(first, end)` of each of its programs, `programs` in all.
+    """For each layer of `sizes` (inputs, outputs), the rows `(first, end)` of each of its programs, `programs` in all.
 
     Rows are given in blocks. Whichever layer's programs have most to do gets the next program.
     """
@@ -116,18 +116,20 @@ def network_steps_(
         sizes.append((inputs, outputs))
         inputs = outputs
     programs = programs or max(_multiprocessors(x.device), len(layers))
-    own = [*shares(sizes[:-1], programs - 1, tile.outputs), [(0, classes)]]
+    own = shares(sizes, programs, tile.outputs)
+    if loss == "cross-entropy" and _INTERPRETED:
+        own[-1] = [(0, classes)]  # else they wait for each other within a step
     all_own = [(number, first, end) for number, ranges in enumerate(own) for first, end in ranges]
     common, classes_block = unit(*(k for k, _ in sizes)), triton.next_power_of_2(classes)
     most = max(end - first for _, first, end in all_own)
-    delta_row = max(classes_block, triton.cdiv(most, tile.outputs) * tile.outputs)
+    delta_row = triton.cdiv(most, tile.outputs) * tile.outputs
     out = [torch.empty(steps, batch, n, device=x.device) for _, n in sizes]
     about, needed = [], 0
     for (weight, bias, *states, feedback), below, above, size, ranges in zip(layers, [x, *out], out, sizes, own, strict=False):
         used = (weight, weight if bias is None else bias)
         moments = (m for parameter, state in zip(used, states, strict=True) for m in _moments(parameter, state))
         tensors = (*used, *moments, weight if feedback is None else feedback, below, above)
-        about += [*(tensor.data_ptr() for tensor in tensors), size[0] // common, size[1], needed]
+        about += [*(tensor.data_ptr() for tensor in tensors), size[0] // common, size[1], needed, len(ranges)]
         needed = len(ranges)
     counters = torch.zeros(len(layers), steps, dtype=torch.int32, device=x.device)
     number = update.step if isinstance(update.step, Tensor) else torch.tensor(update.step, device=x.device)
@@ -141,7 +143,7 @@ def network_steps_(
         **{name: constants[name] for name in ("KIND", "MOMENTUM", "NESTEROV")}, FIELDS=len(kernels.FIELDS), UNIT=common,
         BATCH=batch, ROWS=triton.next_power_of_2(batch), OUTPUTS=tile.outputs, CLASSES=classes_block, INPUTS=tile.inputs,
         WIDTH=min(triton.next_power_of_2(width), 16), TAUGHT=min(tile.taught, triton.next_power_of_2(max(k for k, _ in sizes))),
-        UNROLL=tile.unroll, UNROLL_ROWS=tile.unroll_rows,
+        UNROLL=tile.unroll, STAGES=tile.stages, UNROLL_ROWS=tile.unroll_rows,
         num_warps=tile.warps, num_stages=1, enable_fp_fusion=True, **_alone(x.device),
     )  # fmt: skip
     return out[-1]

@@ -63,14 +63,15 @@ OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a 
 
 @dataclass(frozen=True)
 class NetworkTile:
-    """Of many steps in one launch: rows of a weight that are one block, inputs at a time for the last layer, for others, and in
-    an update; how many turns of the products' loops and the updates' are one."""
+    """Of many steps in one launch: rows of a weight that are one block, inputs at a time in a product, and in an update; how
+    many turns of the products' loops are one, and are on their way at once; how many of the updates' are one."""
 
     outputs: int = 4
     inputs: int = 32
     taught: int = 1024
-    unroll: int = 4
-    unroll_rows: int = 10
+    unroll: int = 2
+    stages: int = 1
+    unroll_rows: int = 5
     warps: int = 8
 
 

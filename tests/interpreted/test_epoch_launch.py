@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_is_told_by_its_step() -> None:
 def test_a_wait_in_vain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = steps._sent
     monkeypatch.setattr(steps, "PATIENCE", 5)
-    monkeypatch.setattr(steps, "_sent", lambda values, device: sent([*values[:-1], values[-1] + 1], device))
+    monkeypatch.setattr(steps, "_sent", lambda values, device: sent([*values[:-2], values[-2] + 1, values[-1]], device))
     monkeypatch.setattr(selfcheck, "network_fault", lambda *about: (None, None))
     with pytest.raises(f3.InputError, match="waited in vain for each other; use --epoch-launch off"):
         train("on")

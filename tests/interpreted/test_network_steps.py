@@ -113,7 +113,7 @@ def test_a_wait_in_vain_ends_and_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     sizes, rule = [9, 20, 3], SGD()
     x, row, target, lr = batches(sizes, 6, 2, 3)
     sent = steps._sent
-    monkeypatch.setattr(steps, "_sent", lambda values, device: sent([*values[:-1], values[-1] + 1], device))
+    monkeypatch.setattr(steps, "_sent", lambda values, device: sent([*values[:-2], values[-2] + 1, values[-1]], device))
     monkeypatch.setattr(steps, "PATIENCE", 5)
     failed = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     layers = network(sizes, 3, rule, True)
