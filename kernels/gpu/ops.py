@@ -127,8 +127,10 @@ def _roomy(device: torch.device) -> bool:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; in the interpreter tiles are chosen as for an A100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+    """How many programs run side by side at least; in the interpreter so few that small operands have every tile."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 if device.type == "cpu" else 108  # tensors without memory: as an A100
 
 
 def _in_rows(name: str, tensor: Tensor) -> Tensor:

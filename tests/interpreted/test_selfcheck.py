@@ -36,7 +36,7 @@ def test_passes(dtype: torch.dtype) -> None:
 
 # arguments that lead to every tile of float32
 CHOICES = {
-    "forward_tile": [(13, 20, False), (30, 3300, False), (70, 3300, False), (70, 3300, False, False, True)],
+    "forward_tile": [(13, 20, False), (13, 300, False), (70, 300, False), (70, 300, False, False, True)],
     "update_tile": [(13, 20, 40, False), (13, 300, 300, False)],
 }
 
@@ -53,7 +53,7 @@ def test_a_fault_in_any_tile_is_found(chooser: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiles, chooser, choose)
     operation = {"forward_tile": "linear_forward", "update_tile": "outer_product_update_"}[chooser]
     original = getattr(triton_ops, operation)
-    seen = {str(right(*size, multiprocessors=108)) for size in CHOICES[chooser]}
+    seen = {str(right(*size, multiprocessors=8)) for size in CHOICES[chooser]}
     for tile in sorted(seen):
 
         @functools.wraps(original)
