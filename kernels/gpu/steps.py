@@ -56,8 +56,8 @@ def refusal(layers: Sequence[Layer], batch: int, device: torch.device) -> str | 
         return "all layers need a bias, or none"
     if any(not isinstance(layer.feedback, Tensor) or layer.feedback.dtype != torch.float32 for layer in layers[:-1]):
         return "feedback must be a float32 matrix"
-    if batch > tiles.STEP_ROWS:
-        return f"batches of {batch} are more than the {tiles.STEP_ROWS} that a program holds"
+    if batch > tiles.NETWORK_ROWS:
+        return f"batches of {batch} are more than the {tiles.NETWORK_ROWS} that a program holds"
     if len(layers[-1].weight) > tiles.NETWORK_CLASSES:
         return f"{len(layers[-1].weight)} outputs are more than the {tiles.NETWORK_CLASSES} that one program takes"
     if len(layers) < 2 or (device.type == "cuda" and len(layers) > _multiprocessors(device)):
