@@ -18,8 +18,6 @@ from .signal import Signal
 
 BYTES = 1 << 26  # of inputs, outputs and all between them, in one launch
 
-Figures = tuple[Tensor, Tensor]  # losses `[M]` and hits `[M]` of a step
-
 
 def refusal(model: Sequential, signal: Signal | None, loss: str, rule: Rule, batch: int, device: torch.device) -> str | None:
     """Why a run's steps of `batch` samples, in float32, cannot be few launches on the device; None where they can. The model is
@@ -58,9 +56,9 @@ class EpochLaunch:
         self.failed = torch.zeros(1, dtype=torch.int32, device=updater.step.device)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, row: Tensor, target: Tensor, rates: Sequence[float]) -> tuple[Tensor, list[Figures]]:
+    def __call__(self, x: Tensor, row: Tensor, target: Tensor, rates: Sequence[float]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """A step for each of the learning rates, of S batches' samples in order: `x [S batch, K]`, what teaches `row [S batch,
-        R]`, `target [S batch, C]`. Returns what they leave behind `[S batch, C]`, and losses and hits by step."""
+        R]`, `target [S batch, C]`. Returns what they leave behind `[S batch, C]`, and losses and hits, `[S batch]` each."""
         updater, count = self.updater, len(rates)
         update = Update(updater.rule, self._rates(rates), updater.step + 1)
         by_step = (tensor.contiguous().view(count, self.batch, -1) for tensor in (x, row, target))
@@ -69,8 +67,7 @@ class EpochLaunch:
         updater.step += count
         updater.number += count
         _, error, figures = updater.ops.output_step(a, target, self.loss, self.signal.source, self.signal.link)
-        by_step = (figure.view(count, self.batch).unbind() for figure in figures)
-        return error, list(zip(*by_step, strict=True))
+        return error, figures
 
     def _rates(self, rates: Sequence[float]) -> Tensor:
         """On the device; the host does not wait."""

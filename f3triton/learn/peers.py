@@ -39,7 +39,7 @@ class _Backward:
         """See `Learner`."""
         raise NotImplementedError
 
-    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> list[Output]:
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
         """See `Learner`."""
         raise NotImplementedError
 

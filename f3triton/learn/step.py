@@ -33,6 +33,10 @@ class Output(NamedTuple):
     sample_losses: Tensor | None = None
     sample_hits: Tensor | None = None
 
+    def part(self, start: int, end: int | None = None) -> Output:
+        """That of some of the predictions."""
+        return Output(*(None if tensor is None else tensor[start:end] for tensor in self))
+
 
 Augment = Callable[[Tensor, int], Tensor]  # of a batch `[batch, ...]` at the visit of that number
 
@@ -55,9 +59,9 @@ class Learner(Protocol):
     def use_launches(self, batch: int) -> int:
         """Get ready for `visits`, where `epoch.refusal` has nothing against it; returns how many they may be."""
 
-    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> list[Output]:
-        """Learn from several batches, of `batch` samples each, by their learning rates: what `visit` does, in one launch. No
-        row may occur twice. Raises InputError where that launch came to nothing."""
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
+        """Learn from several batches, of `batch` samples each, by their learning rates: what `visit` does, in one launch, with
+        the outputs in the order of the visits. No row may occur twice."""
 
     def state(self) -> dict[str, Tensor]:
         """What the update rule keeps between steps, by name: the very tensors that it works on."""
@@ -224,14 +228,14 @@ class F3Learner:
         self.launch = EpochLaunch(self.model, self.updater, self.signal, self.loss, self.scale, batch)
         return self.launch.steps
 
-    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> list[Output]:
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
         """See `Learner`."""
         index = torch.cat([visit.index for visit in visits])
         whole = visits[0]._replace(index=index, row=index)
         x, target, row, _ = self.given(whole)
         error, figures = self.launch(x, row, target, rates)
         self.signal.after(whole, self.signal.kept(error, target) if self.signal.delayed else None, target, self.store)
-        return [Output(None, None, *of_step) for of_step in figures]
+        return Output(None, None, *figures)
 
     def state(self) -> dict[str, Tensor]:
         """See `Learner`."""

@@ -161,15 +161,16 @@ class Trainer:
             flow, order, keeper, tally = self._begin(plan, settings, batches, checkpoints, resume, cleanup)
             steps, behind = result.steps, tally.batches  # of an epoch that was begun before
 
-            def done(index: Tensor, output: Output) -> None:
-                result.steps += 1
-                tally.add(output, result.steps)
+            def done(index: Tensor, output: Output, batches: int = 1) -> None:
+                result.steps += batches
+                tally.add(output, result.steps, batches)
                 if isinstance(order, SampledOrder):
                     losses = output.sample_losses
                     losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
                     order.note(index, error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions))
                 if on_step is not None:
-                    on_step(len(index))
+                    for _ in range(batches):
+                        on_step(index.size(0))
 
             try:
                 for epoch in range(result.epochs, epochs):
@@ -303,7 +304,7 @@ class Trainer:
         if sampled:
             flow.drain()
         for part in parts:
-            visits = (visit._replace(number=number) for visit, number in zip(part, numbers, strict=False))
+            visits = (Visit(*visit[:-1], number) for visit, number in zip(part, numbers, strict=False))
             yield from planned(visits, store.plan, plan.train.device) if plans else visits
             if sampled:
                 flow.drain()

@@ -5,18 +5,19 @@ No hidden layer waits for a later one where its error row is known before the st
 one layer's weight for all steps of the launch, and nobody else writes them. It makes its columns of `h` for a step, counts that
 for the layer above, which waits for the count of all of that layer's programs, and updates its rows while the layer above is
 still at that step or at an earlier one. `h` has room for every step of the launch, so nobody ever waits for a later layer. The
-last layer is one program's, which sees all outputs of a sample. All programs must be on the device at once (a cooperative
-launch says so), and they are numbered by layer: one after another, as in the interpreter, they do not wait at all. A wait ends
-after `patience` looks in any case: then the outputs are NaN, and `failed` is 1.
+last layer's programs are the same, but for a softmax, for which they wait for each other. All programs must be on the device at
+once (a cooperative launch says so), and they are numbered by layer: one after another, as in the interpreter, they do not wait
+at all. A wait ends after `patience` looks in any case: then the outputs are NaN, and `failed` is 1.
 
 What bounds a step of 784-500-10 at batch 50, Adam, float32, on 132 multiprocessors: 78 MFLOP in the first layer, over 125
 programs of 4 rows 1568 cycles of FMA a product with all lanes at work (64 rows of which 50 count); `x`, 157 KB, goes to every
 multiprocessor, 2450 cycles at 64 bytes each, and comes back from its first-level cache for the update; weights and moments,
-38 KB a program, are in that cache or the second-level one. About 7000 cycles, 4 microseconds. The last layer is 1 MFLOP in one
-program, 2 with padding: 8000 cycles, which nobody waits for but its own next step.
+38 KB a program, are in that cache or the second-level one. With latencies about 9000 cycles, 5 microseconds, by estimate. The
+last layer's three programs have less to do.
 
 Products are sums of elementwise ones, exact in float32, and not `tl.dot`, whose tiles would be three quarters empty. A thread
 holds a few samples, all of the tile's rows of the weight, and 4 inputs: 32 numbers that it adds to, for 6 reads of 16 bytes.
+That layout is the load's of `x`, as the one of `W` has fewer elements than there are threads (see `tiles.NetworkTile`).
 """
 
 import triton
@@ -62,16 +63,12 @@ def _product(x, weight, own, inputs, BATCH: tl.constexpr, ROWS: tl.constexpr, OU
 
 
 @triton.jit
-def _project(error, feedback, own, width, units, BATCH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-             WIDTH: tl.constexpr):  # fmt: skip
-    """`e B` `[ROWS, OUTPUTS]` of contiguous `error [BATCH, width]` and the first `own` columns of `feedback`."""
+def _errors(error, feedback, start, own, width, units, BATCH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+            WIDTH: tl.constexpr):  # fmt: skip
+    """WIDTH columns of `error [BATCH, width]` and as many rows of `feedback`, its first `own` columns, not multiplied yet."""
     m, n, c = tl.arange(0, ROWS)[:, None, None], tl.arange(0, OUTPUTS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
-    total = tl.zeros((ROWS, OUTPUTS, WIDTH), tl.float32)
-    for start in range(0, width, WIDTH):
-        e = tl.load(error + start + m * width + c, mask=(m < BATCH) & (c < width - start), other=0.0)
-        b = tl.load(feedback + start * units + c * units + n, mask=(c < width - start) & (n < own), other=0.0)
-        total += e * b
-    return tl.sum(total, 2)
+    e = tl.load(error + start + m * width + c, mask=(m < BATCH) & (c < width - start), other=0.0)
+    return e, tl.load(feedback + start * units + c * units + n, mask=(c < width - start) & (n < own), other=0.0)
 
 
 @triton.jit
@@ -137,6 +134,7 @@ def network(
     done = counters + layer * steps
     number = tl.load(step).to(tl.int64) - 1  # of the step before
     m, n = tl.arange(0, ROWS)[:, None], tl.arange(0, OUTPUTS)[None, :]
+    taught_width = tl.where(layer < last, width, 0)
     elements = BATCH * classes.to(tl.float32)
     for t in range(0, steps):
         if needed > 0:
@@ -146,13 +144,19 @@ def network(
         for first in range(begin, end, OUTPUTS):
             own = outputs - first
             inside = (m < BATCH) & (n < own)
+            # asked for before the product, so that it is there after it; the last layer has none
+            e, b = _errors(row, feedback + first, 0, own, taught_width, outputs, BATCH, ROWS, OUTPUTS, WIDTH)
             a = _product(below, weight + first * inputs, own, inputs, BATCH, ROWS, OUTPUTS, INPUTS, UNROLL, STAGES) + lost
             if HAS_BIAS:
                 a += tl.load(bias + first + n, mask=n < own, other=0.0)
             if layer < last:
                 h = activate(a, ACTIVATION)
                 tl.store(out + first + m * outputs + n, h, mask=inside)
-                signal = _project(row, feedback + first, own, width, outputs, BATCH, ROWS, OUTPUTS, WIDTH)
+                total = e * b
+                for start in range(WIDTH, width, WIDTH):
+                    e, b = _errors(row, feedback + first, start, own, width, outputs, BATCH, ROWS, OUTPUTS, WIDTH)
+                    total += e * b
+                signal = tl.sum(total, 2)
                 delta = tl.where(inside, scale * signal * slope(a, h, ACTIVATION), 0.0)
                 tl.store(scratch + first - begin + m * delta_row + n, delta, mask=m < BATCH)
             else:

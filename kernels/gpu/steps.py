@@ -59,7 +59,7 @@ def refusal(layers: Sequence[Layer], batch: int, device: torch.device) -> str | 
     if batch > tiles.NETWORK_ROWS:
         return f"batches of {batch} are more than the {tiles.NETWORK_ROWS} that a program holds"
     if len(layers[-1].weight) > tiles.NETWORK_CLASSES:
-        return f"{len(layers[-1].weight)} outputs are more than the {tiles.NETWORK_CLASSES} that one program takes"
+        return f"{len(layers[-1].weight)} outputs are more than the {tiles.NETWORK_CLASSES} that a program holds"
     if len(layers) < 2 or (device.type == "cuda" and len(layers) > _multiprocessors(device)):
         return "there must be a hidden layer, and a multiprocessor for each layer"
     return None

@@ -64,7 +64,9 @@ OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a 
 @dataclass(frozen=True)
 class NetworkTile:
     """Of many steps in one launch: rows of a weight that are one block, inputs at a time in a product, and in an update; how
-    many turns of the products' loops are one, and are on their way at once; how many of the updates' are one."""
+    many turns of the products' loops are one, and are on their way at once; how many of the updates' are one.
+
+    `outputs * inputs` must be less than the threads: a larger load of the weight would have a layout of its own."""
 
     outputs: int = 4
     inputs: int = 32
@@ -76,7 +78,7 @@ class NetworkTile:
 
 
 NETWORK_ROWS = 64  # of a batch: a program holds all
-NETWORK_CLASSES = 64  # outputs of the network, whose last layer is one program's
+NETWORK_CLASSES = 64  # outputs of the network: a program of the last layer holds all for a softmax
 
 
 def _programs(tile: Tile, *sizes: int) -> int:
