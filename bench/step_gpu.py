@@ -66,7 +66,7 @@ def launched(sizes: list[int], batch: int, precision: str, device: torch.device)
     trainer = trained(sizes, batch, precision, device, backend="triton", epoch_launch="on")
     flow = Gathered(trainer.learner, trainer.model, batch)
     flow.most = TOGETHER
-    return lambda index: flow.visit(Visit(index, index), LR, lambda output: None)
+    return lambda index: flow.visit(Visit(index, index), LR, lambda *_: None)
 
 
 def backprop(sizes: list[int], batch: int, precision: str, device: torch.device, compiled: bool, graphed: bool) -> Step:

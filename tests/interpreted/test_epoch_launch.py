@@ -27,14 +27,15 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Three steps a launch at most; the list has those of each."""
-    launches, original = [], steps.network_steps_
+    """Three steps a launch at most; the list has those of each, but for a check of the device before the first."""
+    launches, original, check = [], steps.network_steps_, selfcheck.network_fault
 
     def count(x: torch.Tensor, *others: object, **named: object) -> torch.Tensor:
         launches.append(len(x))
         return original(x, *others, **named)
 
     monkeypatch.setattr(steps, "network_steps_", count)
+    monkeypatch.setattr(selfcheck, "network_fault", lambda *about: (check(*about), launches.clear())[0])
     monkeypatch.setattr(epoch, "BYTES", 3 * 4 * 10 * (9 + 12 + 7 + 5 * 4))
     return launches
 
