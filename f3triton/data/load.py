@@ -13,7 +13,7 @@ from torch import Tensor
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
 from .choose import choose_inputs, choose_target, reject
-from .columns import Table, listed
+from .columns import CATEGORY, DATE, Table, listed
 from .dataset import Dataset
 from .images import channel_moments, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
@@ -105,7 +105,9 @@ def encode(
         test.require(column)
         preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out)
     else:
-        preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
+        fitted_as = None if given is None else {column.name: column.kind for column in given.columns}
+        named = features is not None
+        preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, named, fitted_as)
     if given is not None:
         given.require_like(preprocessing, label)
         preprocessing = given
@@ -169,13 +171,21 @@ def _images(train: Table, test: Table, column: str, target: Target, notes: list[
 
 
 def _table(
-    train: Table, test: Table, kinds: dict[str, str], target: Target, notes: list[str], named: bool
+    train: Table,
+    test: Table,
+    kinds: dict[str, str],
+    target: Target,
+    notes: list[str],
+    named: bool,
+    fitted_as: dict[str, str] | None,
 ) -> tuple[Preprocessing, Tensor, Tensor]:
     columns: list[Column] = []
     left_out = {}
+    if fitted_as is not None:  # a run from before there were dates and hashed words left such columns out
+        kinds = {name: kind for name, kind in kinds.items() if name in fitted_as or kind not in (CATEGORY, DATE)}
     for name, kind in kinds.items():
         try:
-            columns.append(fit_column(train, name, kind))
+            columns.append(fit_column(train, name, kind, (fitted_as or {}).get(name, "")))
         except UnusableColumnError as error:
             left_out[name] = str(error)
     notes = notes + reject(left_out, named, train)

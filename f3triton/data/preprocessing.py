@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Variant, Whole, Word, check
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
+from .columns import BOOLEAN, CATEGORY, DATE, HASHED, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
+from .dates import PARTS, WIDTH
 from .images import convert_images, load_images, match_channels
-from .tables import Column, encode_table
+from .tables import MAX_CATEGORIES, Column, encode_table
 from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
 from .tokens import TOKENIZER, Tokenizer
 
@@ -125,6 +126,10 @@ class Preprocessing:
             lines.append(
                 f"features: {len(self.columns)} columns as {self.in_features} inputs: {listed(map(_column, self.columns))}"
             )
+            for kind in (DATE, HASHED):
+                if found := [column for column in self.columns if column.kind == kind]:
+                    what = f"dates, as {', '.join(PARTS)}" if kind == DATE else f"more than {MAX_CATEGORIES} words each, hashed"
+                    lines.append(f"{what}: {listed(f'{c.name} ({c.width} inputs)' for c in found)}")
         elif self.kind == TENSORS:
             lines.append(f"inputs: tensors of shape {list(self.shape)}")
         if self.kind == TEXT:
@@ -163,7 +168,7 @@ class Preprocessing:
             "the number of outputs": target.outputs,
         }
         for column in self.columns:
-            own = column.categories or ((column.width,) if column.kind == VECTOR else ())
+            own = column.categories or ((column.width,) if column.kind in (VECTOR, HASHED) else ())
             form[f"column {column.name!r}"] = (column.kind, *own)
         return form
 
@@ -171,7 +176,9 @@ class Preprocessing:
         """Plain dicts, lists, strings and numbers, which `from_json` turns into an equal object."""
         content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k not in ("_vectors", *_OF_TEXT)}}
         content["target"] = asdict(self.target)
-        content["columns"] = [asdict(column) for column in self.columns]
+        content["columns"] = [
+            {k: v for k, v in asdict(column).items() if k != "buckets" or column.buckets} for column in self.columns
+        ]
         if self.kind == TEXT:
             content |= {"text": self.text, "tokenizer": self.tokenizer.to_json()}
         return {k: _as_lists(v) for k, v in content.items()}
@@ -202,7 +209,10 @@ class Preprocessing:
             _statistics(self.mean, self.std, (self.shape[0],), "image")
         if self.kind == TABLE:
             for column in self.columns:
-                wide = (1,) if column.kind in (NUMBER, BOOLEAN) else None
+                wide = {NUMBER: (1,), BOOLEAN: (1,), DATE: (WIDTH,), HASHED: (0,)}.get(column.kind)
+                hashed = column.kind == HASHED
+                _require((column.buckets > 0) == hashed, f"column {column.name!r}: buckets")
+                _require(not (hashed and column.categories), f"column {column.name!r}: categories")
                 if column.kind == CATEGORY:
                     wide = (1,) if len(column.categories) == 2 else (0,)
                 _statistics(column.mean, column.std, wide, f"column {column.name!r}")
@@ -289,8 +299,9 @@ _STATISTICS, _STRINGS = Many(FINITE), Many(STRING)
 _TARGET = Fields({"task": Word((CLASSIFICATION, REGRESSION, LANGUAGE_MODELING)), "columns": _STRINGS, "names": _STRINGS,
                   "classes": Many(Either((STRING, Whole(-(1 << 63), 1 << 63), FLAG))), "mean": _STATISTICS, "std": _STATISTICS,
                   "coded": FLAG})  # fmt: skip
-_COLUMN = Fields({"name": STRING, "kind": Word((NUMBER, BOOLEAN, VECTOR, CATEGORY)), "mean": _STATISTICS, "std": _STATISTICS,
-                  "categories": _STRINGS, "coded": FLAG})  # fmt: skip
+_KINDS = Word((NUMBER, BOOLEAN, VECTOR, DATE, CATEGORY, HASHED))
+_COLUMN = Fields({"name": STRING, "kind": _KINDS, "mean": _STATISTICS, "std": _STATISTICS, "categories": _STRINGS,
+                  "coded": FLAG}, {"buckets": Whole(1, 1 << 16)})  # fmt: skip
 _ALWAYS = {"format": Whole(FORMAT, FORMAT), "kind": Word((IMAGE, TABLE, TENSORS, TEXT)), "shape": Many(Whole(1), 1, 8),
            "target": _TARGET, "image": STRING, "mean": _STATISTICS, "std": _STATISTICS, "columns": Many(_COLUMN),
            "notes": _STRINGS}  # fmt: skip
