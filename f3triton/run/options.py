@@ -120,6 +120,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--target", metavar="COLUMN", help="column to predict (several, with commas, in regression); default: by type and name")
     add("--features", nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
     add("--image", metavar="COLUMN", help="column of images; default: by type")
+    add("--image-size", type=int, metavar="N", help="resize all images to N x N pixels; default: they have one size")
     add(
         "--task",
         choices=TASKS,
@@ -362,7 +363,7 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
     if options.text is not None:
         if options.task not in ("auto", LANGUAGE_MODELING):
             raise InputError(f"--text is for the task {LANGUAGE_MODELING!r}, got --task {options.task}")
-        _refuse(options, ("target", "features", "image", "streaming"), "with --text; leave it out")
+        _refuse(options, ("target", "features", "image", "image_size", "streaming"), "with --text; leave it out")
     else:
         if options.task == LANGUAGE_MODELING:
             raise InputError(f"task {LANGUAGE_MODELING!r} needs a text: --text FILE, or --text COLUMN with --dataset")
