@@ -97,7 +97,7 @@ def noted(failed: dict[str, str], name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         print(f"{name} FAILED: {failed[name]}", flush=True)
 
 

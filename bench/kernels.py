@@ -6,8 +6,9 @@
 For every operation: this library's kernel, the same work by torch's libraries (cuBLAS, fused optimizer kernels), and by
 `torch.compile(mode="max-autotune-no-cudagraphs")`. `GEMM alone` is cuBLAS's product without what has to follow it. Every round
 times each of them once by device events over a few calls, with the operands of three sets in turn so that none stays in the
-cache; medians over rounds. Beside them: TFLOP/s and GB/s that the operation's own count of work gives, and the time that the
-machine's ceilings allow, which are measured here (a large copy, a large product).
+cache, replayed as a CUDA graph so that no launch from the host is timed; medians over rounds. Beside them: TFLOP/s and GB/s
+that the operation's own count of work gives, and the time that the machine's ceilings allow, which are measured here (a large
+copy, a large product).
 
 Needs a CUDA or ROCm device; a kernel that misses its reference by more than rounding is not timed but reported.
 """
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from f3triton.kernels import SGD, Adam, Update, eager, new_state
+from f3triton.kernels import SGD, Adam, State, Update, eager, new_state, reference
 from f3triton.kernels.gpu import ops as triton_ops
 
 from .common import RESULTS, needs_gpu, noted, result, row, save, table
 
 Call = Callable[[], object]
+Rule = Callable[[Tensor, Tensor, State, Update], None]
 WIDTH = 16  # columns of the error
 SETS = 1 if os.environ.get("TRITON_INTERPRET") == "1" else 3  # operand sets in turn
 
@@ -56,33 +58,34 @@ class Operands:
         return self.weight_state, self.bias_state, self.update
 
 
-def forward_torch(o: Operands) -> tuple[Tensor, Tensor]:
+def forward_torch(o: Operands, _: object = None) -> tuple[Tensor, Tensor]:
     h = torch.tanh(functional.linear(o.x, o.shadow, o.half_bias))
     delta = torch.mm(o.error.to(h.dtype), o.feedback.to(h.dtype)) * (1 - h * h)
     return h, delta
 
 
-def update_torch(o: Operands) -> None:
+def update_torch(o: Operands, rule: Rule = eager.update_, delta: Tensor | None = None) -> None:
     """The gradient by cuBLAS, then torch's fused optimizer, then the copy for the next product."""
-    eager.update_(o.weight, (o.delta.t() @ o.x).float(), o.weight_state, o.update)
-    eager.update_(o.bias, o.delta.sum(0, dtype=torch.float32), o.bias_state, o.update)
+    delta = o.delta if delta is None else delta
+    rule(o.weight, (delta.t() @ o.x).float(), o.weight_state, o.update)
+    rule(o.bias, delta.sum(0, dtype=torch.float32), o.bias_state, o.update)
 
 
-def step_torch(o: Operands) -> Tensor:
+def step_torch(o: Operands, rule: Rule = eager.update_) -> Tensor:
     h, delta = forward_torch(o)
-    eager.update_(o.weight, (delta.t() @ o.x).float(), o.weight_state, o.update)
-    eager.update_(o.bias, delta.sum(0, dtype=torch.float32), o.bias_state, o.update)
+    update_torch(o, rule, delta)
     return h
 
 
-def backward_torch(o: Operands) -> Tensor:
+def backward_torch(o: Operands, rule: Rule = eager.update_) -> Tensor:
     dx = o.delta @ o.shadow
-    update_torch(o)
+    update_torch(o, rule)
     return dx
 
 
-def compiled(function: Callable[[Operands], object]) -> Callable[[Operands], object]:
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+def compiled(function: Callable[..., object]) -> Callable[[Operands], object]:
+    """Compiled with the rule's plain formulas, which the compiler fuses; torch's fused optimizers it cannot look into."""
+    return torch.compile(lambda o: function(o, reference.update_), mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 OPERATIONS: dict[str, dict[str, Callable[[Operands], object]]] = {
@@ -155,6 +158,16 @@ def timed(call: Call, device: torch.device, repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
+def as_graph(call: Call, device: torch.device) -> Call:
+    """A call as a CUDA graph, which keeps what the call refers to; elsewhere the call itself."""
+    if device.type != "cuda":
+        return call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return lambda call=call: graph.replay()
+
+
 def ceilings(device: torch.device, size: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     """What this machine's library product and copy reach: FLOP/s and bytes (read and written) a second."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -177,7 +190,7 @@ def measure(
     for name, run in runs.items():
         with noted(failed, f"{operation}, {name}"):
             run(sets[0])  # compiles
-            calls[name] = lambda run=run: [run(operands) for operands in sets]
+            calls[name] = as_graph(lambda run=run: [run(operands) for operands in sets], device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -12,17 +12,21 @@ own and whose epochs are rounded up to whole visits; optimizer Adam with cosine 
 images shorter ones) on a validation split, the last sixth of the training samples (after a shuffle, but for text), with one
 seed; the runs that are shown train on all training samples, with other seeds. `exit` is what a
 stage says by itself, `mean` the mean of all. A run that is in the result file already is not repeated, so the command can be
-stopped and started again, and `--only` and `--seeds` can be given one after another. `--quick` is a small grid on the bundled
-digits and on this repository's README.
+stopped and started again, and `--only` and `--seeds` can be given one after another; `--jobs N` makes N runs side by side.
+`--quick` is a small grid on the bundled digits and on this repository's README.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -32,7 +36,7 @@ from f3triton.data.text import TextDataset
 from f3triton.run.dry_run import budget_by
 from f3triton.run.tally import Diverged
 
-from .common import RESULTS, result, row, runs_in, save, table
+from .common import RESULTS, needs_gpu, result, row, runs_in, save, table
 from .local_tried import changed
 
 Settings = dict[str, object]
@@ -165,6 +169,17 @@ TASKS = {
         metric="test bits a character",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs are made: on which data, device and number of threads."""
+
+    data: str | None
+    device: str = "cpu"
+    threads: int = 1
+
+
 QUICK = ("mnist", "text")
 OWN = {"hidden", "blocks", "dim", "idea"}  # options of a method that are not the trainer's: the network's, and what is tried
 TEXT_WINDOWS = 9600  # of the training text
@@ -191,6 +206,13 @@ def split(train: f3.Dataset) -> tuple[f3.Dataset, f3.Dataset]:
     return tuple(f3.Dataset(train.name, train.inputs[part], train.targets[part], train.preprocessing) for part in parts)
 
 
+@cache
+def loaded(name: str, data: str | None, choosing: bool) -> tuple[f3.Dataset, f3.Dataset]:
+    """The data of a task, or those to choose a learning rate by; read once a process. `data`: None for the bundled ones."""
+    found = load(name, data, data is None)
+    return split(found[0]) if choosing else found
+
+
 def costs(trainer: f3.Trainer, train: f3.Dataset) -> dict[str, int]:
     """What the training needs by arithmetic: parameters with those of heads, and for a step FLOPs and bytes of activations."""
     network = copy.deepcopy(trainer.model).to("meta")
@@ -203,15 +225,16 @@ def costs(trainer: f3.Trainer, train: f3.Dataset) -> dict[str, int]:
     }
 
 
-def run(task: Task, data: tuple[f3.Dataset, f3.Dataset], epochs: int, seed: int, rate: float, method: Settings) -> dict:
+def run(name: str, task: Task, place: Place, choosing: bool, epochs: int, seed: int, rate: float, method: Settings) -> dict:
     """One training run: the task's figure on the second data set, that of every exit, and what it cost."""
-    train, test = data
+    torch.set_num_threads(place.threads)
+    train, test = loaded(name, place.data, choosing)
     visits = method.get("visits", 1)
     epochs = math.ceil(epochs / visits) * visits
     torch.manual_seed(seed)
     model = task.network(train, method)
     settings = {name: value for name, value in method.items() if name not in OWN}
-    trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device="cpu", **settings)
+    trainer = f3.Trainer(model, task.loss, f3.Adam(lr=rate), batch_size=task.batch, seed=seed, device=place.device, **settings)
     try:
         with changed(method.get("idea"), train, model) as seen:
             found = trainer.fit(seen, epochs, test, eval_every=epochs)
@@ -284,18 +307,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="some of the task's methods")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--choose-epochs", type=int, help="of the runs that choose a learning rate; default: the task's")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads of a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, help="default: bench/results/local-TASK.json, local-quick.json with --quick")
     options = parser.parse_args()
     if options.quick == (options.task is not None) or (options.task is not None and options.data is None):
         parser.error("give a task with --data DATASET, or --quick")
-    torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        needs_gpu("bench.local")
     output = options.output or RESULTS / f"local-{options.task or 'quick'}.json"
     runs = runs_in(output)
     rows: list[dict] = []
     for name in QUICK if options.quick else [options.task]:
         task = small(TASKS[name]) if options.quick else TASKS[name]
-        task = replace(task, epochs=options.epochs or task.epochs)
+        lengths = options.epochs or task.epochs, options.choose_epochs or task.choose_epochs
+        task = replace(task, epochs=lengths[0], choose_epochs=lengths[1])
         for wrong in set(options.only or ()) - set(task.methods):
             parser.error(f"method {wrong!r} is not one of {', '.join(map(repr, task.methods))}")
         measure(name, task, options, output, {} if options.quick else runs, rows)
@@ -311,24 +339,31 @@ def small(task: Task) -> Task:
 
 def measure(name: str, task: Task, options: argparse.Namespace, output: Path, runs: dict[str, dict], rows: list[dict]) -> None:
     """All runs of a task; `runs` and the file grow with each, `rows` are those of the tasks before."""
-    data = load(name, options.data, options.quick)
-    parts = split(data[0])
+    place = Place(None if options.quick else options.data, options.device, options.threads)
     chosen = {"rates": task.rates, "batch": task.batch, "epochs": task.epochs, "choose_epochs": task.choose_epochs}
     setting = {**chosen, "threads": options.threads}
+    methods = {method: task.methods[method] for method in options.only or task.methods}
 
-    def once(title: str, *arguments: object) -> dict:
-        if title not in runs:
-            runs[title] = run(task, *arguments)
-            save(output, result("local", [*rows, *rows_of(name, task.metric, runs)], setting, runs=runs))
-        print(f"{title}: {runs[title]['score'] or 'diverged'}", flush=True)
-        return runs[title]
+    def made(planned: dict[str, tuple]) -> None:
+        """The runs that are planned, by title: (choosing, epochs, seed, rate, method)."""
+        left = {title: (name, task, place, *how) for title, how in planned.items() if title not in runs}
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            started = {pool.submit(run, *how): title for title, how in left.items()}
+            for done in as_completed(started):
+                title = started[done]
+                runs[title] = done.result()
+                content = [*rows, *rows_of(name, task.metric, runs)], setting, torch.device(options.device)
+                save(output, result("local", *content, runs=runs))
+                print(f"{title}: {runs[title]['score'] or 'diverged'}", flush=True)
 
-    for method in options.only or task.methods:
-        its = task.methods[method]
-        by_rate = {rate: once(f"choice, {method}, lr {rate:g}", parts, task.choose_epochs, 0, rate, its) for rate in task.rates}
-        best = min(by_rate, key=lambda rate: by_rate[rate]["score"] or math.inf)
-        for seed in [1] if options.quick else options.seeds:
-            once(f"{method}, seed {seed}", data, task.epochs, seed, best, its)
+    def title(method: str, rate: float) -> str:
+        return f"choice, {method}, lr {rate:g}"
+
+    choices = itertools.product(methods.items(), task.rates)
+    made({title(method, rate): (True, task.choose_epochs, 0, rate, its) for (method, its), rate in choices})
+    best = {name: min(task.rates, key=lambda rate, name=name: runs[title(name, rate)]["score"] or math.inf) for name in methods}
+    shown = itertools.product(methods.items(), [1] if options.quick else options.seeds)
+    made({f"{method}, seed {seed}": (False, task.epochs, seed, best[method], its) for (method, its), seed in shown})
     rows += rows_of(name, task.metric, runs)
     print(f"\n{show(task.metric, runs)}\n")
 

@@ -206,11 +206,13 @@ def _update_all_(parameters: list[Tensor], gradients: list[Tensor], moments: lis
 
 
 def _weight_gradient(left: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`left [N, M] @ x [M, K]` in the given type.
+    """`left [N, M] @ x [M, K]` in the given type; on CUDA a float32 one of half precision is not rounded on the way.
 
     On a CPU it goes into a buffer that is kept: fresh megabytes from the system cost more than the product's own writes
     (a page fault for every 4 KiB). Elsewhere torch's caching allocator sees to that.
     """
+    if left.device.type == "cuda" and torch.version.hip is None and dtype == torch.float32 != x.dtype:
+        return torch.mm(left, x, out_dtype=dtype)
     if left.device.type != "cpu" or dtype != x.dtype:
         return (left @ x).to(dtype)
     key = dtype, left.shape[0], x.shape[1]

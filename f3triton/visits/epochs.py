@@ -33,5 +33,5 @@ class EpochOrder:
         if self.given is None:
             batches = sample_order(self.samples, self.seed, epoch).to(self.device).split(self.batch_size)
         else:
-            batches = self.given(epoch)
+            batches = (index.to(self.device) for index in self.given(epoch))
         return (Visit(index, index) for index in islice(batches, skip, None))

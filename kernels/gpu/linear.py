@@ -1,9 +1,13 @@
-"""A linear layer's kernels: forward with the error signal, weight gradient with the rule, and both in one launch.
+"""A linear layer's kernels: forward with the error signal, and weight gradient with the rule.
 
-What is particular: the rule runs where the gradient tile is formed, in registers, so that no gradient reaches memory; and
-in the one-launch step a program owns a block of rows of the weight, reads them, makes `h` and `delta` for the whole batch,
-and then updates the rows, which nobody else reads. Weights, moments and feedback are read once and written once: with Adam in
-float32 24 bytes a weight, where backpropagation moves 40.
+What is particular: the rule runs where the gradient tile is formed, in registers, so that no gradient reaches memory. With Adam
+in float32 a step moves 28 bytes a weight (read once for `h`; weight and moments read and written once for the update), where
+backpropagation moves 40. A step in one launch, whose programs each own some rows of the weight, would move 24; on an H100 it
+took longer at all sizes that were tried, for it has fewer programs, and each of them waits for memory more often.
+
+The update goes over its tile a slice of columns at a time, so that weight and moments of a slice, and not of the tile, are in
+registers beside the gradient: tiles can be as large as the product wants them (Triton's tutorial on persistent products does
+so with its stores).
 
 Rows of every matrix are contiguous; `x_row` is the distance from one row of `x` to the next. Sizes may be anything. Those along
 which memory is read come divided by a unit that divides them (16, 8, 4, 2 or 1), and are multiplied by it here: so the compiler
@@ -124,6 +128,12 @@ def forward(
         tl.store(delta + first + offset, (scale * signal * of_slope).to(delta.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _halves(tile):
+    """`[rows, columns]` as its left and its right half; what a thread holds of it stays in its registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=SIZES + NUMBERS)
 def update(
     weight, bias, weight_m1, weight_m2, weight_s1, weight_s2, bias_m1, bias_m2, delta, x, shadow,
@@ -133,7 +143,7 @@ def update(
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
     LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients take their places.
 
@@ -160,20 +170,30 @@ def update(
         delta_here += ROWS * delta_row
         x += ROWS * x_row
     rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
-    inside = own[:, None] & columns[None, :]
-    first, offset = n0 * inputs + k0, n[:, None] * inputs + k[None, :]
     if KEEP_GRADIENT:
-        tl.store(weight + first + offset, tile.to(weight.dtype.element_ty), mask=inside)
+        inside = own[:, None] & columns[None, :]
+        tl.store(weight + n0 * inputs + k0 + n[:, None] * inputs + k[None, :], tile.to(weight.dtype.element_ty), mask=inside)
     else:
-        row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, INPUTS // MOMENT_BLOCK)
-        block_0 = block_k * (INPUTS // MOMENT_BLOCK)
-        blocks, known = (
-            (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
-            own[:, None] & (block < row_blocks - block_0)[None, :],
-        )
-        learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow, first, offset, inside, blocks, known, tile,
-              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
-              SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
+        WIDE: tl.constexpr = INPUTS // SLICES
+        parts = (tile,)
+        if SLICES > 1:
+            parts = _halves(tile)
+        if SLICES > 2:
+            parts = _halves(parts[0]) + _halves(parts[1])
+        if SLICES > 4:
+            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+        row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, WIDE // MOMENT_BLOCK)
+        j = tl.arange(0, WIDE)
+        for part in tl.static_range(SLICES):
+            column = block_k * INPUTS + part * WIDE
+            first = n0 * inputs + column
+            block_0 = column // MOMENT_BLOCK
+            learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow,
+                  first, n[:, None] * inputs + j[None, :], own[:, None] & (j < inputs - column)[None, :],
+                  (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
+                  own[:, None] & (block < row_blocks - block_0)[None, :],
+                  parts[part], rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
+                  SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
     if HAS_BIAS and block_k == 0:
         sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
         for start in range(0, rows, ROWS):
@@ -186,76 +206,6 @@ def update(
             learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
                   rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
                   False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES + NUMBERS)
-def step_small(
-    x, weight, bias, weight_m1, weight_m2, weight_s1, weight_s2, bias_m1, bias_m2, h, error, feedback, shadow,
-    scale, feedback_seed,
-    lr, step, decay, rest1, rest2, eps, log_beta1, log_beta2, seed, bias_seed,
-    rows, outputs, inputs, width, x_row, error_row, feedback_row,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
-    LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
-    OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, WIDTH_UNIT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GENERATED: tl.constexpr,
-):  # fmt: skip
-    """A hidden layer's whole visit for a batch of at most ROWS: this program's rows of W are read, used, updated.
-
-    No barrier is needed: `h` and `delta` of a row of W need only that row, and the first loop is over before the second
-    one writes.
-    """
-    outputs, feedback_row = outputs * OUTPUTS_UNIT, feedback_row * OUTPUTS_UNIT
-    inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
-    width, error_row = width * WIDTH_UNIT, error_row * WIDTH_UNIT
-    block = tl.program_id(0)
-    n0, columns = block.to(tl.int64) * OUTPUTS, outputs - block * OUTPUTS
-    m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
-    first = n0 * inputs
-    x_offset = m[:, None] * x_row + k[None, :]
-    weight_offset = k[:, None] + n[None, :] * inputs
-    own = n < columns
-    x_here, weight_here = x, weight + first
-    a = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for start in range(0, inputs, INPUTS):
-        left = _load(x_here + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
-        right = _load(weight_here + weight_offset, (k < inputs - start)[:, None] & own[None, :], DTYPE)
-        a = tl.dot(left, right, a, input_precision=PRECISION)
-        x_here += INPUTS
-        weight_here += INPUTS
-    if HAS_BIAS:
-        a += _load(bias + n0 + n, own, tl.float32)[None, :]
-    out = activate(a, ACTIVATION)
-    inside_h = (m < rows)[:, None] & own[None, :]
-    tl.store(h + n0 + m[:, None] * outputs + n[None, :], out.to(h.dtype.element_ty), mask=inside_h)
-    of_slope = slope(a, out, ACTIVATION)
-    signal = _project(error, feedback + n0, rows, columns, width, error_row, feedback_row, n0, outputs, feedback_seed,
-                      ROWS, OUTPUTS, WIDTH, GENERATED, DTYPE, PRECISION)  # fmt: skip
-    # Rows beyond the batch have no error, and so no part in the gradient.
-    delta = tl.where(inside_h, scale * signal * of_slope, 0.0).to(DTYPE)
-    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
-    left = tl.trans(delta)
-    offset = n[:, None] * inputs + k[None, :]
-    row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, INPUTS // MOMENT_BLOCK)
-    blocks = (n0 + n)[:, None] * row_blocks + block[None, :]
-    tl.debug_barrier()  # every warp has read its part of W before any warp writes
-    for start in range(0, inputs, INPUTS):
-        right = _load(x + x_offset, (m < rows)[:, None] & (k < inputs - start)[None, :], DTYPE)
-        gradient = tl.dot(left, right, input_precision=PRECISION)
-        inside = own[:, None] & (k < inputs - start)[None, :]
-        known = own[:, None] & (block < row_blocks - start // MOMENT_BLOCK)[None, :]
-        learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow, first, offset, inside, blocks, known, gradient,
-              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
-              SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
-        x += INPUTS
-        first += INPUTS
-        blocks += INPUTS // MOMENT_BLOCK
-    if HAS_BIAS:
-        total = tl.sum(delta.to(tl.float32), 0)
-        learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
-              rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
-              False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["columns", *NUMBERS])

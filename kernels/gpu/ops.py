@@ -127,8 +127,10 @@ def _roomy(device: torch.device) -> bool:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; in the interpreter one after another."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """How many programs run side by side at least; in the interpreter so few that small operands have every tile."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 if device.type == "cpu" else 108  # tensors without memory: as an A100
 
 
 def _in_rows(name: str, tensor: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def linear_forward(
     inputs_unit = unit(inputs, x.stride(0), 0 if transposed else stored.stride(0))
     half = x.dtype != torch.float32
     curved = activation in tiles.CURVED
-    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved)
+    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved, _multiprocessors(x.device))
     many = half and not (curved and sent.kind)  # slopes and made entries at once would spill
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](
@@ -300,7 +302,8 @@ def _launch_update(
     _check_bias(bias, outputs)
     constants = _constants(update, weight_state, weight, weight if bias is None else bias)
     more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
-    tile = tiles.update_tile(outputs, inputs, x.dtype != torch.float32, more, _roomy(x.device), _multiprocessors(x.device))
+    half, room = x.dtype != torch.float32, (_roomy(x.device), _multiprocessors(x.device))
+    tile = tiles.update_tile(rows, outputs, inputs, half, more, *room, bool(weight_state.scales))
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
@@ -311,7 +314,8 @@ def _launch_update(
         rows, outputs // outputs_unit, inputs // inputs_unit, delta.stride(0) // outputs_unit, x.stride(0) // inputs_unit,
         HAS_BIAS=bias is not None, KEEP_GRADIENT=keep_gradient, **constants,
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, DTYPE=_product_dtype(x), PRECISION=precision,
-        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, SLICES=tile.slices,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -358,42 +362,10 @@ def linear_step_(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """Here: one launch for batches of up to `tiles.STEP_ROWS`, two for larger ones.
-
-    One launch has to read the weight itself for the update, and so makes `h` from it, rounded as the shadow is.
-    """
-    x = _in_rows("x", x)
-    rows = len(x)
+    """Here: two launches."""
     shadow = weight if weight_state.shadow is None else weight_state.shadow
-    if rows > tiles.STEP_ROWS:
-        h, delta = linear_forward(x, shadow, bias, activation, error, feedback, scale, precision)
-        outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
-        return h
-    _check_state("weight", weight, weight_state, update)
-    _check_state("bias", bias, bias_state, update)
-    _check(bias is None or bias_state.shadow is None, "a bias has a shadow; the Triton kernels read the bias itself")
-    outputs, inputs = weight.shape
-    _check(x.shape[1] == inputs, f"weight has {inputs} inputs and x {x.shape[1]}")
-    _check_length("the number of outputs", outputs)
-    _check_bias(bias, outputs)
-    h = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    sent = _sent(error, feedback, scale, x, outputs)
-    outputs_unit, inputs_unit = unit(outputs, sent.feedback_row), unit(inputs, x.stride(0))
-    half = x.dtype != torch.float32
-    block_m, tile = tiles.step_tile(rows, half, sent.kind != 0, bool(weight_state.scales))
-    block_n, block_k = tile.blocks
-    other = weight if bias is None else bias
-    kernels.step_small[(triton.cdiv(outputs, block_n),)](
-        x, weight, other, *_moments(weight, weight_state), *_scales(weight, weight_state), *_moments(other, bias_state),
-        h, sent.error, sent.feedback, shadow, sent.scale, sent.seed, *_numbers(update, weight_state, bias_state),
-        rows, outputs // outputs_unit, inputs // inputs_unit, sent.width // sent.unit,
-        x.stride(0) // inputs_unit, sent.error_row // sent.unit, sent.feedback_row // outputs_unit,
-        ACTIVATION=ACTIVATION[activation], HAS_BIAS=bias is not None, **_constants(update, weight_state, weight, other),
-        OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, WIDTH_UNIT=sent.unit, DTYPE=_product_dtype(x), PRECISION=precision,
-        ROWS=block_m, OUTPUTS=block_n, INPUTS=block_k, GENERATED=sent.kind,
-        WIDTH=tiles.error_columns(sent.width, half, block_m, stored=False),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    h, delta = linear_forward(x, shadow, bias, activation, error, feedback, scale, precision)
+    outer_product_update_(weight, bias, delta, x, weight_state, bias_state, update, precision)
     return h
 
 
