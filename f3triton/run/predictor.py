@@ -24,7 +24,7 @@ class Predictor(nn.Module):
 
     Raw inputs are what the data set holds before any preparation: a tensor of images `[N, ...]` with values 0..255, a
     tensor of a table's columns `[N, columns]` if all are numbers, or rows (a list of dicts, a dict of columns, a data
-    frame, a `datasets` data set; numbers may be text, as `csv.DictReader` gives them, and images paths of files). `forward`
+    frame, a `datasets` data set; numbers and dates may be text, as `csv.DictReader` gives them, and images paths of files). `forward`
     gives probabilities `[N, classes]`, in the order of `classes`, or values `[N, targets]` in the targets' own units;
     `predict` gives class names or numbers.
 
