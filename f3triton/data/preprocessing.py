@@ -64,9 +64,9 @@ class Preprocessing:
         """Raw rows as inputs [M, K]: uint8 pixels (channels first, flattened) or float32 columns; then see `normalise`.
 
         `rows` is a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset` with the columns of
-        training (others are ignored); numbers and dates may be text. Images may also come as a list of paths, PIL images or arrays, or
-        as one array or tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to 255.
-        Images of any size are resized where those of training were.
+        training (others are ignored); numbers and dates may be text. Images may also come as a list of paths, PIL images or
+        arrays, or as one array or tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to
+        255. Images of any size are resized where those of training were.
         Raises InputError: a column missing or of another kind; images of another size; infinity.
         """
         if self.kind == TENSORS:
