@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
 from f3triton.base.data import Visit
+from f3triton.models.build import build as from_config
+from f3triton.run.dry_run import budget_of
 
 OURS = ("f3", "f3-int8", "f3-bf16-int8", "dfa")
 PLAIN = ("bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
@@ -196,6 +200,50 @@ def measure(
         saved = count.most
     count = sum(p.numel() for p in model.parameters())
     return {"step": highest - start, "total": highest - before, "saved": saved, "parameters": count, **found}
+
+
+SMALL_VIT = {"image_size": 32, "patch_size": 4, "channels": 3, "classes": CLASSES, "depth": 3, "heads": 4, "dim": 256}
+SMALL_VIT |= {"mlp_width": 1024, "embedding": "patch", "pool": "mean", "feedback_shape": "shared"}
+RUNS = {  # networks, and samples of a batch, of training and of test
+    "MLP": ({"model": "mlp", "sizes": [784, 2048, 2048, 2048, CLASSES]}, 1000, 4000, 1000),
+    "ViT": ({"model": "vit", **SMALL_VIT}, 64, 192, 128),
+    "GPT": ({"model": "gpt", "context": 128, "depth": 3, "heads": 4, "dim": 256}, 32, 96, 16),
+}
+
+
+def run_of(kind: str, method: str, batch: int, samples: int, tested: int) -> tuple[int, Callable[[], object]]:
+    """(bytes by the budget, the run) of an epoch of one of `RUNS`, of which the data are there already."""
+    network = dict(RUNS[kind][0])
+    if kind == "GPT":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "text")
+            path.write_text("".join(chr(48 + i * i % 61) for i in range(128 * (samples + tested) + 2)))
+            train, test = f3.load_text(str(path), context=128, max_train_samples=samples, max_test_samples=tested)
+        network["vocabulary"] = train.outputs
+    else:
+        shape = [784] if kind == "MLP" else [3, 32, 32]
+        train, test = (
+            f3.Dataset.from_tensors(torch.randn(n, *shape), torch.arange(n) % CLASSES, classes=CLASSES)
+            for n in (samples, tested)
+        )
+    word = "f3" if method in OURS else "bp"
+    settings = f3.Settings(method=word, optimizer=f3.Adam(), batch_size=batch, device="cpu", **precision_of(method))
+    errors = 4 * samples * train.positions * train.outputs if settings.keeps_errors else 0
+    budget = budget_of(settings, network, (train, test), errors, rehearsed=True)
+    trained = lambda: f3.Trainer(from_config(network), settings=settings).fit(train, 1, test)  # noqa: E731
+    return budget.total_bytes - budget.memory["data"], trained
+
+
+def measure_run(kind: str, method: str) -> dict[str, int]:
+    """Bytes: the `budget` of a run beside its data, and the `peak` over what was in use before."""
+    _, batch, samples, tested = RUNS[kind]
+    with ThreadPoolExecutor(1) as other:  # whose buffers go with it
+        other.submit(run_of(kind, method, 8, 16, 8)[1]).result()  # loads what the libraries have
+    budget, run = run_of(kind, method, batch, samples, tested)
+    gc.collect()
+    before = reset_peak(torch.device("cpu"))
+    run()
+    return {"budget": budget, "peak": peak(torch.device("cpu")) - before}
 
 
 def prepared(

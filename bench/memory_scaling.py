@@ -41,7 +41,7 @@ import f3triton as f3
 from f3triton.error_store import make_codec
 
 from .common import RESULTS, needs_gpu, noted, result, row, save, table, write_result
-from .memory_child import EIGHT_BIT, HAS_8BIT, INFERENCE, METHODS, OURS, build, measure, precision_of
+from .memory_child import EIGHT_BIT, HAS_8BIT, INFERENCE, METHODS, OURS, RUNS, build, measure, measure_run, precision_of
 
 MIB = 2**20
 COMPILED_DEPTH = 24  # compiling more layers takes minutes; nor is it done for every sequence length
@@ -77,6 +77,7 @@ BYTES = {
 QUICK_BYTES = {"MLP of width 512, batch 128": Setting("mlp", 8, 512, 128)}
 LARGEST = Setting("mlp", 0, 512, 512, steps=1)
 NOT_SEARCHED = ("dfa", "bp-in-backward", "bp-8bit", "bp-compiled")  # as bp or checkpoints have it, or too slow to compile
+BUDGETED = ("f3", "f3-int8", "bp")  # methods of whole runs, held against their budgets
 # name: (samples, classes)
 DATA_SETS = {
     "MNIST": (60_000, 10),
@@ -287,6 +288,24 @@ def largest_models(
     return rows
 
 
+def budgets_of_runs(measured: Measured) -> list[dict]:
+    """Rows: the most that a whole run holds beside its data, evaluation included, measured and by the budget of `--dry-run`."""
+    rows, lines = [], []
+    for kind in RUNS:
+        for method in BUDGETED:
+            found = None
+            with noted(measured.failed, f"run of {kind}, {method}"):
+                found = measured(method, Setting(kind))
+            if found is not None:
+                for how, size in (("measured", found["peak"]), ("budget", found["budget"])):
+                    rows.append(row(f"{kind}, {method}", how, "MiB", size / MIB, part="peak of a run beside its data"))
+                off = f"{100 * (found['budget'] / found['peak'] - 1):+.1f}"
+                lines.append([f"{kind}, {method}", *(f"{found[name] / MIB:.1f}" for name in ("peak", "budget")), off])
+    print("\npeak of a run beside its data, MiB\n")
+    print(table(["", "measured", "budget", "budget over measured, %"], lines), flush=True)
+    return rows
+
+
 def error_stores() -> list[dict]:
     """Rows: bytes of the error store of well-known data sets; backpropagation has none."""
     rows, lines = [], []
@@ -327,6 +346,10 @@ def main() -> None:
     if options.child:
         method, *setting = json.loads(options.child)
         s = Setting(*setting)
+        if s.kind in RUNS:
+            torch.set_num_threads(1)
+            print(json.dumps(measure_run(s.kind, method)))
+            return
         print(json.dumps(measure(s.kind, method, s.depth, s.width, s.batch, s.sequence, device, s.steps)))
         return
     methods = ("f3", "f3-bf16-int8", "bp", "bp-checkpoint-in-backward") if options.quick else tuple(options.methods)
@@ -357,7 +380,11 @@ def main() -> None:
             for setting in settings.values():
                 if method != "bp-compiled":
                     pool.submit(measured.ahead, method, setting)
+        for kind in () if options.quick or device.type != "cpu" else RUNS:
+            for method in BUDGETED:
+                pool.submit(measured.ahead, method, Setting(kind))
     rows = scaling(axes, methods, measured) + error_stores()
+    rows += [] if options.quick or device.type != "cpu" else budgets_of_runs(measured)
     trained = tuple(method for method in methods if method != "bp-compiled")
     parts = {
         "": rows,
