@@ -90,17 +90,14 @@ def compiled_table() -> str:
 
 
 def time_table() -> str:
-    rows = [row for row in read_result("time-to-accuracy.json")["rows"] if row["metric"] == "seconds to the target"]
+    content = read_result("time-to-accuracy.json")
+    rows = [row for row in content["rows"] if row["metric"] == "seconds to the target"]
     lines = [
-        [
-            f"{row['method']}{', ' * ('network' in row)}{row.get('network', '')}",
-            row["epochs"],
-            f"{row['steps']:,}",
-            f"{row['median']:.0f}",
-        ]
+        [row["network"], row["method"], f"{row['lr']:g}", row["epochs"], f"{row['steps']:,}", f"{row['median']:.1f}"]
         for row in rows
     ]
-    return f"{table(['', 'epochs of the run', 'steps', 'seconds'], lines)}\n\n{source('time-to-accuracy.json')}"
+    header = ["hidden layers", "", "learning rate", "epochs of the run", "steps", "seconds"]
+    return f"{table(header, lines)}\n\n{source('time-to-accuracy.json')}; {content['settings']['note']}"
 
 
 def depth_table() -> str:

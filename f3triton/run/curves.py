@@ -20,7 +20,7 @@ Curve = Sequence[tuple[float, float]]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#6b6b6b")  # told apart by the colour-blind, too
 WIDE = 30  # the largest value over the smallest, beyond which an axis is logarithmic
-CROWDED = {"x": 200, "y": 2000}  # the same, beyond which it has no room for 2 and 5 between the powers of ten
+CROWDED = {"x": 50, "y": 2000}  # the same, beyond which it has no room for 2 and 5 between the powers of ten
 FEW = 20  # points of a curve, up to which each is marked
 APART = 10  # points between numbers at the ends of lines
 
