@@ -284,7 +284,9 @@ class Trainer:
 
     def arithmetic(self) -> Arithmetic:
         """How its updates are computed."""
-        return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed, self.settings.moments)
+        own = self.settings
+        narrow = own.moments, own.clip_norm
+        return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed, *narrow)
 
     def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int, flow: Alone) -> Iterator[Visit]:
         """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead, but not
