@@ -161,10 +161,7 @@ class Trainer:
             def done(index: Tensor, output: Output) -> None:
                 result.steps += 1
                 tally.add(output, result.steps)
-                if isinstance(order, SampledOrder):
-                    losses = output.sample_losses
-                    losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
-                    order.note(index, error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions))
+                order.note(index, partial(sizes_of, output, plan))
                 if on_step is not None:
                     on_step(len(index))
 
@@ -246,8 +243,7 @@ class Trainer:
         }
         parts |= {} if store is None else {"errors": Errors(store)}
         parts |= {} if stream is None else {"stream": Stream(stream)}
-        parts |= {"sampling": Sampling(order)} if isinstance(order, SampledOrder) else {}
-        parts |= {"tally": tally, "random": Generators(device)}
+        parts |= {"sampling": Sampling(order), "tally": tally, "random": Generators(device)}
         known = order.steps_per_epoch if batches is None else None
         keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known, self.replicas)
         cleanup.enter_context(keeper.interrupts_between_steps())
@@ -289,18 +285,13 @@ class Trainer:
         return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed, *narrow)
 
     def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int, flow: Alone) -> Iterator[Visit]:
-        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead, but not
-        past a draw, before which all else is done."""
-        store, numbers, sampled = self.learner.store, itertools.count(steps), isinstance(order, SampledOrder)
+        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead in a part
+        of the order."""
+        store, numbers = self.learner.store, itertools.count(steps)
         plans = store is not None and store.reads_ahead and self.seat.workers == 1
-        parts = order.parts(epoch, skip) if sampled else iter([order.visits(epoch, skip)])
-        if sampled:
-            flow.drain()
-        for part in parts:
+        for part in order.parts(epoch, skip, flow.drain):
             visits = (visit._replace(number=number) for visit, number in zip(part, numbers, strict=False))
             yield from planned(visits, store.plan, plan.train.device) if plans else visits
-            if sampled:
-                flow.drain()
 
     def check(
         self,
@@ -454,6 +445,13 @@ class Trainer:
             return data
         fits = self.device.type != "cuda" or 2 * data.nbytes < torch.cuda.mem_get_info(self.device)[0]
         return data.to(self.device) if fits else data
+
+
+def sizes_of(output: Output, plan: Plan) -> Tensor:
+    """How large the errors are that a batch's samples have left, `[M]`."""
+    losses = output.sample_losses
+    losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
+    return error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions)
 
 
 def work_of(model: Sequential, rows: int) -> list[Work]:
