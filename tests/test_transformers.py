@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import f3triton as f3
 from f3triton.base.data import Visit
 
 pytest.importorskip("transformers", reason="needs pip install transformers")
