@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 
-from f3triton.run.options import given, make_parser, make_settings, parse, refuse_what_has_no_effect
+from f3triton.run.options import given, given_in_file, make_parser, make_settings, parse, refuse_what_has_no_effect
 
 if __name__ == "__main__":
     make_parser().parse_args()  # answers --help and wrong options before torch is imported, which takes seconds
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.sample is not None:
             tell(sample_run(options, typed))
         else:
-            refuse_what_has_no_effect(options, typed)
+            refuse_what_has_no_effect(options, typed | given_in_file(arguments))
             plain = not typed - {"--quiet", "--output-dir", "--overwrite"}
             with Start(options) as start:
                 train(options, plain if options.compare is None else options.compare, start)

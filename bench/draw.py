@@ -24,7 +24,22 @@ if TYPE_CHECKING:
 DASHES = ("-", "--", "-.")  # by which methods beyond the sixth are told apart
 PANEL = (5.2, 3.6)  # inches
 BAR, FEWEST = 0.21, 5  # inches of a bar; bars that a panel has room for at least
-PEERS = ("bp", "backprop", "autograd", "dfa", "sdfa", "drtp", "fa", "last-layer", "torch", "numpy", "h5py", "zarr", "lmdb")
+PEERS = (
+    "bp",
+    "backprop",
+    "autograd",
+    "dfa",
+    "sdfa",
+    "drtp",
+    "fa",
+    "last-layer",
+    "torch",
+    "numpy",
+    "h5py",
+    "zarr",
+    "lmdb",
+    "inference",
+)
 MOST_PANELS = 16
 MOST_LABELLED = 8  # lines of a panel with their last values beside them
 

@@ -36,9 +36,12 @@ from triton.compiler import ASTSource, CompiledKernel
 from f3triton.kernels import SGD, Adam, GeneratedFeedback, Update, new_state
 from f3triton.kernels.gpu import head as triton_head
 from f3triton.kernels.gpu import linear as triton_linear
+from f3triton.kernels.gpu import network as triton_network
 from f3triton.kernels.gpu import ops as triton_ops
 from f3triton.kernels.gpu import output as triton_output
+from f3triton.kernels.gpu import steps as triton_steps
 from f3triton.kernels.gpu import tiles
+from f3triton.kernels.rules import Layer
 
 from .common import result, row, table, write_result
 
@@ -59,6 +62,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
@@ -89,67 +93,67 @@ class Case:
     def name(self) -> str:
         """What it is, in words."""
         words = [self.operation, "x".join(map(str, self.size)), self.dtype]
-        if self.operation in ("update", "step", "elements"):
+        if self.operation in ("update", "elements", "network"):
             words += [self.rule, "stochastic" * (self.weight == "bf16"), self.moments * (self.moments != "float32")]
-        if self.operation in ("forward", "step"):
+        if self.operation in ("forward", "network"):
             words += [self.activation, self.feedback]
         if self.operation == "output":
             words += self.output
+        if self.operation == "network":
+            words.append(self.output[0])
         if self.operation == "head":
             words += [self.output[0], "norm" * self.norm]
         return " ".join(filter(None, [*words, "roomy" * self.roomy]))
 
 
 def twin(case: Case) -> Case:
-    """The same with sizes of 512 for those of 500: what the compiler knows more of."""
-    return replace(case, size=tuple(512 if size == 500 else size for size in case.size))
+    """The same with sizes of 512, 1536 and 4096 for those of 500, 1500 and 4100: what the compiler knows more of."""
+    known = {500: 512, 1500: 1536, 4100: 4096}
+    return replace(case, size=tuple(known.get(size, size) for size in case.size))
 
 
 def cases() -> list[Case]:
-    """Every tile of the tables, at sizes of a network 784-500-10, and with 512 in place of 500; every variant of a kernel."""
+    """Every tile of the tables, at sizes that lead to it, and with 512 in place of 500; every variant of a kernel."""
     found = []
     for dtype in ("fp32", "bf16"):
-        found += [Case("forward", (16, 784, 500, 10), dtype), Case("keep", (50, 500, 10, 1), dtype)]
-        found += [Case("forward", (128, 500, 500, 10), dtype), Case("transposed", (128, 500, 500, 1), dtype)]
+        forward = [Case("forward", size, dtype) for size in ((16, 784, 4100, 10), (50, 784, 500, 10), (1024, 500, 500, 10))]
+        found += [*forward, Case("keep", (50, 500, 10, 1), dtype)]
+        found += [Case("transposed", size, dtype) for size in ((50, 500, 500, 1), (1024, 500, 500, 1))]
         found += [Case("update", (50, 500, 10, 1), dtype), Case("gradient", (256, 500, 500, 1), dtype)]
         found += [Case("update", (256, 500, 500, 1), dtype, rule) for rule in RULES]
-        found += [Case("step", (rows, 784, 500, 10), dtype) for rows in (16, 32, 50)]
-        found += [Case("step", (50, 500, 500, 10), dtype)]
         found += [twin(case) for case in found if case.dtype == dtype]
-        found += [Case("step", (50, 784, 500, 10), dtype, rule) for rule in ("sgd", "momentum")]
-        found += [Case("step", (rows, 784, 500, 10), dtype, feedback="trinomial") for rows in (16, 32, 50)]
-        found += [Case("step", (50, 784, 500, 10), dtype, feedback=feedback) for feedback in ("uniform", "int8")]
-        found += [Case("step", (50, 784, 500, 10), dtype, activation=activation) for activation in ("relu", "gelu")]
-        found += [Case("forward", (128, 500, 500, 10), dtype, feedback=feedback) for feedback in ("trinomial", "int8")]
-        found += [Case("forward", (128, 500, 500, 10), dtype, activation=activation) for activation in ("gelu", "gelu-tanh")]
+        found += [replace(case, feedback=kind) for case in forward for kind in ("trinomial", "uniform", "int8")]
+        found += [replace(case, activation=kind) for case in forward for kind in ("relu", *tiles.CURVED)]
     for roomy in (False, True):
         large = [Case("forward", (4096, 500, 500, 10), "bf16", roomy=roomy)]
         large += [Case("transposed", (4096, 500, 500, 1), "bf16", roomy=roomy), replace(large[0], dtype="fp16")]
         found += large + [twin(case) for case in large]
         found += [replace(large[0], feedback=feedback) for feedback in ("trinomial", "int8")]
         found += [replace(large[0], activation=activation) for activation in tiles.CURVED]
-    large = [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in RULES]
+    sizes = (50, 500, 500, 1), (4096, 1500, 500, 1), (4096, 4100, 4100, 1)
+    large = [Case("update", size, "bf16", rule, roomy=True) for size in sizes for rule in RULES]
     found += large + [twin(case) for case in large] + [replace(case, weight="bf16") for case in large]
     found += [Case("update", (256, 500, 500, 1), "bf16", weight="bf16")]
-    found += [Case("step", (rows, 784, 500, 10), "bf16", weight="bf16") for rows in (16, 32, 50)]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
     for feedback in ("float32", "int8", "trinomial", "uniform"):  # many classes: more columns of the error at a time
-        many = [Case("step", (rows, 784, 500, 1000), "bf16", feedback=feedback) for rows in (16, 32, 50)]
-        for activation in ("tanh", "gelu"):
-            many += [Case("forward", (128, 500, 500, 1000), "bf16", feedback=feedback, activation=activation)]
-        found += [*many, Case("forward", (16, 784, 500, 1000), "bf16", feedback=feedback)]
-    found += [Case("forward", (16, 784, 500, 1000)), Case("step", (50, 784, 500, 1000))]
-    found += [Case("forward", (128, 500, 500, 1000), activation=activation) for activation in ("tanh", "gelu")]
+        for size in ((16, 784, 4100, 1000), (50, 784, 500, 1000), (1024, 500, 500, 1000)):
+            for activation in ("tanh", "gelu"):
+                found += [Case("forward", size, "bf16", feedback=feedback, activation=activation)]
+    for size in ((50, 784, 500, 1000), (1024, 500, 500, 1000)):
+        found += [Case("forward", size, activation=activation) for activation in ("tanh", "gelu")]
     for moments in ("bfloat16", "int8"):
         rules = ("momentum", "adam")
         narrow = [Case("update", (256, 500, 500, 1), dtype, rule) for dtype in ("fp32", "bf16") for rule in rules]
         narrow += [Case("update", (50, 500, 10, 1), dtype) for dtype in ("fp32", "bf16")]
-        narrow += [Case("update", (4096, 500, 500, 1), "bf16", rule, roomy=True) for rule in rules]
-        narrow += [Case("step", (rows, 784, 500, 10), dtype) for rows in (16, 32, 50) for dtype in ("fp32", "bf16")]
-        narrow += [Case("step", (50, 784, 500, 10), dtype, feedback="trinomial") for dtype in ("fp32", "bf16")]
+        narrow += [Case("update", size, "bf16", rule, roomy=True) for size in sizes for rule in rules]
         narrow += [replace(case, weight="bf16") for case in narrow if case.dtype == "bf16"]
         found += [replace(case, moments=moments) for case in [*narrow, Case("elements", (1, 500, 500, 1))]]
-    found += [Case("step", (1, 7, 3, 1)), Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
+    steps = [Case("network", (rows, 784, 500, 10), activation=kind) for rows in (50, 16) for kind in ("tanh", "gelu")]
+    steps += [Case("network", (50, 784, 500, 10), rule=rule) for rule in ("sgd", "momentum")]
+    steps += [Case("network", (64, 784, 500, 10), activation="silu"), Case("network", (50, 784, 500, 64))]
+    steps += [Case("network", (50, 784, 500, 10), output=(loss, "delayed-error", "auto")) for loss in ("bce", "mse")]
+    found += steps + [twin(case) for case in steps]
+    found += [Case("forward", (1, 7, 3, 1)), Case("update", (1, 7, 3, 1))]
     for dtype in ("fp32", "fp16", "bf16"):
         heads = [Case("head", (100, 1, 500, classes), dtype) for classes in (10, 32, 50, 100)]
         found += heads + [twin(case) for case in heads] + [replace(case, norm=False) for case in heads]
@@ -173,7 +177,8 @@ class Launch:
         """Block sizes in the kernel's own order, warps, and pipeline stages."""
         names = ("ROWS", "OUTPUTS", "INPUTS", "COLUMNS", "BLOCK")
         blocks = [value for name, value in self.arguments.items() if name in names]
-        return f"{'x'.join(map(str, blocks))} {self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s"
+        slices = f" {self.arguments['SLICES']} slices" if self.arguments.get("SLICES", 1) > 1 else ""
+        return f"{'x'.join(map(str, blocks))} {self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s{slices}"
 
 
 @contextmanager
@@ -194,8 +199,8 @@ def recording() -> Iterator[list[Launch]]:
             arguments = dict(zip(names, positional, strict=False)) | named
             made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options))
 
-    kernels = [(triton_linear, name) for name in ("forward", "update", "step_small", "update_elements")]
-    kernels += [(triton_output, "output"), (triton_head, "head")]
+    kernels = [(triton_linear, name) for name in ("forward", "update", "update_elements")]
+    kernels += [(triton_output, "output"), (triton_head, "head"), (triton_network, "network")]
     before: list[tuple[ModuleType, str, triton.JITFunction]] = [(room, name, getattr(room, name)) for room, name in kernels]
     for room, name, kernel in before:
         setattr(room, name, Recorder(kernel))
@@ -240,14 +245,18 @@ def launch_of(case: Case) -> Launch:
                 triton_ops.outer_product_update_(weight, bias, delta, x, *states, update)
             elif case.operation == "gradient":
                 triton_ops.outer_product(delta, x)
-            elif case.operation == "step":
-                triton_ops.linear_step_(x, weight, bias, error, feedback, *states, update, case.activation)
             elif case.operation == "elements":
                 triton_ops.update_(weight, tensor(n, k), states[0], update)
             elif case.operation == "head":
                 head, its_bias = tensor(c, n).to(weight_dtype), tensor(c).to(weight_dtype)
                 owned = new_state(head, rule, 0, dtype if dtype != torch.float32 else None), new_state(its_bias, rule, 1)
                 triton_ops.head_step_(delta, head, its_bias, error, case.output[0], *owned, update, case.norm)
+            elif case.operation == "network":
+                last, its_bias = tensor(c, n), tensor(c)
+                layers = [Layer(weight, bias, *states, feedback)]
+                layers += [Layer(last, its_bias, new_state(last, rule), new_state(its_bias, rule, 1))]
+                now = replace(update, lr=tensor(1))
+                triton_steps.network_steps_(x[None], error[None], error[None], layers, case.output[0], now, case.activation)
             else:
                 loss, source, link = case.output
                 triton_ops.output_step(error, error, loss, source, link)
@@ -306,13 +315,13 @@ def cost(case: Case) -> tuple[int, int]:
         return item * m * n * (2 + case.norm) + 4 * (c * n + 2 * m * c), 4 * m * n * c
     item, weight, error = 4 if case.dtype == "fp32" else 2, n * k, m * c + c * n
     state = (8 + 8 * RULES[case.rule].moments) * weight
+    if case.operation == "network":
+        return state + item * (m * k + 2 * m * n) + state // weight * n * c, 4 * m * k * n + 4 * m * n * c + 2 * m * n * c
     if case.operation == "elements":
         return state + 4 * weight, 15 * weight
     if case.operation in ("forward", "keep", "transposed"):
         return item * (m * k + 2 * m * n) + 4 * (weight + error), 2 * m * n * (k + c)
-    if case.operation in ("update", "gradient"):
-        return item * (m * k + m * n) + state, 2 * m * n * k
-    return item * (m * k + m * n) + state + 4 * error, 2 * m * n * (2 * k + c)
+    return item * (m * k + m * n) + state, 2 * m * n * k
 
 
 def fits(case: Case, architecture: str) -> bool:

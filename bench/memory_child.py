@@ -1,13 +1,19 @@
 """One network, a few training steps, and what they held in memory: run in a process of its own by `bench.memory_scaling`.
 
-The contestants are this library's F3 and DFA, and backpropagation in plain PyTorch in the forms that save memory: activation
-checkpointing (segments of about the square root of the depth), the optimizer in backward (each parameter is updated and its
-gradient freed as soon as it is there), both, and `torch.compile`.
+The contestants are this library's F3 (with moments in int8, and with weights in bfloat16 too) and DFA, and backpropagation in
+plain PyTorch in the forms that save memory: activation checkpointing (segments of about the square root of the depth), the
+optimizer in backward (each parameter is updated and its gradient freed as soon as it is there), 8-bit Adam (torchao's, where
+that is installed), weights and products in bfloat16, several of these, and `torch.compile`. And inference, the floor of all.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import math
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,10 +23,17 @@ from torch.utils.checkpoint import checkpoint
 
 import f3triton as f3
 from f3triton.base.data import Visit
+from f3triton.models.build import build as from_config
+from f3triton.run.dry_run import budget_of
 
-METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
+OURS = ("f3", "f3-int8", "f3-bf16-int8", "dfa")
+PLAIN = ("bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
+EIGHT_BIT = ("bp-8bit", "bp-checkpoint-8bit", "bp-checkpoint-in-backward-8bit", "bp-checkpoint-in-backward-8bit-bf16")
+INFERENCE = ("inference", "inference-bf16")
+METHODS = OURS + PLAIN + EIGHT_BIT  # that train
 CLASSES = 10
 LR = 1e-4
+HAS_8BIT = importlib.util.find_spec("torchao") is not None
 
 
 def reset_peak(device: torch.device) -> int:
@@ -95,7 +108,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Backprop:
-    """A step of backpropagation in plain PyTorch, with torch's fused Adam."""
+    """A step of backpropagation in plain PyTorch, with torch's fused Adam or torchao's in 8 bits."""
 
     def __init__(self, model: f3.Sequential, method: str) -> None:
         self.stages = list(model.stages)
@@ -111,7 +124,8 @@ class Backprop:
         self.forward = torch.compile(forward) if method == "bp-compiled" else forward
         parameters = list(model.parameters())
         if self.in_backward:
-            own = {p: torch.optim.Adam([p], lr=LR, fused=True) for p in parameters}
+            own = {p: adam([p], method) for p in parameters}
+            self.optimizers = list(own.values())
 
             def update(p: nn.Parameter) -> None:
                 own[p].step()
@@ -120,52 +134,146 @@ class Backprop:
             for p in parameters:
                 p.register_post_accumulate_grad_hook(update)
         else:
-            self.optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
+            self.optimizers = [adam(parameters, method)]
 
     def step(self, x: Tensor, target: Tensor) -> None:
-        functional.binary_cross_entropy_with_logits(self.forward(x), target).backward()
+        functional.binary_cross_entropy_with_logits(self.forward(x).float(), target).backward()
         if not self.in_backward:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizers[0].step()
+            self.optimizers[0].zero_grad(set_to_none=True)
+
+    def moments(self) -> Iterable[Tensor]:
+        """Everything that the optimizers keep; of an 8-bit state its codes, scales and map."""
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for kept in state.values():
+                    names = getattr(kept, "tensor_attrs", None)
+                    yield from [kept] if names is None else [getattr(kept, name) for name in names]
 
 
-def measure(kind: str, method: str, depth: int, width: int, batch: int, sequence: int, device: torch.device) -> dict[str, int]:
-    """Bytes: `step` (peak of three steps over what lasts), `lasting` (parameters, moments, feedback), `total` (the peak over
-    what was in use before the network), and `saved` (autograd's; -1 where checkpoints hide them).
+def adam(parameters: list[nn.Parameter], method: str) -> torch.optim.Optimizer:
+    """Adam of a method; with weights in bfloat16 rounded stochastically, as ours are."""
+    if "8bit" not in method:
+        return torch.optim.Adam(parameters, lr=LR, fused=True)
+    from torchao.optim import Adam8bit
+
+    return Adam8bit(parameters, lr=LR, bf16_stochastic_round="bf16" in method)
+
+
+def precision_of(method: str) -> dict[str, str]:
+    """The settings of ours that a method's name says."""
+    own = {"precision": "bfloat16-weights"} if "bf16" in method else {}
+    return own | ({"moments": "int8"} if "int8" in method else {})
+
+
+def measure(
+    kind: str, method: str, depth: int, width: int, batch: int, sequence: int, device: torch.device, steps: int = 3
+) -> dict[str, int]:
+    """Bytes: `step` (peak of the steps over what lasts), `weights`, `moments`, `feedback`, `total` (the peak over what was in
+    use before the network), and `saved` (autograd's; -1 where checkpoints hide them). With one step only `total` counts.
     """
     torch.manual_seed(0)
-    torch.mm(torch.ones(64, 64, device=device), torch.ones(64, 64, device=device))  # the libraries' own buffers
+    small, shape = build(kind, 2, width, sequence)  # loads and compiles what the libraries have
+    first, second = torch.randn(2, *shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    prepared(small, "bp" if method == "bp-compiled" else method, device, first, second)[0]()
+    del small
+    gc.collect()
     before = reset_peak(device)
     model, shape = build(kind, depth, width, sequence)
-    model.to(device)
     x, classes = torch.randn(batch, *shape, device=device), torch.randint(0, CLASSES, (batch,), device=device)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    if method in ("f3", "dfa"):
-        trainer = f3.Trainer(model, "bce", method=method, device=device, batch_size=batch, cuda_graph="off")
-        data = f3.Dataset.from_tensors(x, classes, classes=CLASSES)
-        trainer.fit(data, 1, batches=lambda epoch: [torch.arange(2, device=device)])
-        everything = torch.arange(batch, device=device)
-        feedback = sum(s.feedback_matrix.nbytes for s in model.modules() if getattr(s, "feedback_matrix", None) is not None)
-        step = lambda: trainer.learner.visit(Visit(everything, everything), LR)  # noqa: E731
-    else:
-        model.train()
-        backprop, feedback = Backprop(model, method), 0
-        target = functional.one_hot(classes, CLASSES).float()
-        backprop.step(x[:2], target[:2])
-        if method == "bp-compiled":
-            backprop.step(x, target)  # compiles for the batch
-        step = lambda: backprop.step(x, target)  # noqa: E731
-    lasting = 3 * parameters + feedback
+    step, moments = prepared(model, method, device, x, classes, steps > 1)
+    parts = {
+        "weights": list(model.parameters()),
+        "moments": moments,
+        "feedback": [s.feedback_matrix for s in model.modules() if getattr(s, "feedback_matrix", None) is not None],
+    }
+    found = {name: sum(t.nbytes for t in tensors) for name, tensors in parts.items()}
     start = reset_peak(device)
-    for _ in range(3):
+    for _ in range(steps):
         step()
     highest = peak(device)
     saved = -1
-    if "checkpoint" not in method and "compiled" not in method:
+    if steps > 1 and "checkpoint" not in method and "compiled" not in method:
         count = SavedTensors(model)
         with torch.autograd.graph.saved_tensors_hooks(count.pack, count.unpack):
             step()
         saved = count.most
-    total = highest - before
-    return {"step": highest - start, "lasting": lasting, "feedback": feedback, "total": total, "saved": saved,
-            "parameters": parameters}  # fmt: skip
+    count = sum(p.numel() for p in model.parameters())
+    return {"step": highest - start, "total": highest - before, "saved": saved, "parameters": count, **found}
+
+
+SMALL_VIT = {"image_size": 32, "patch_size": 4, "channels": 3, "classes": CLASSES, "depth": 3, "heads": 4, "dim": 256}
+SMALL_VIT |= {"mlp_width": 1024, "embedding": "patch", "pool": "mean", "feedback_shape": "shared"}
+RUNS = {  # networks, and samples of a batch, of training and of test
+    "MLP": ({"model": "mlp", "sizes": [784, 2048, 2048, 2048, CLASSES]}, 1000, 4000, 1000),
+    "ViT": ({"model": "vit", **SMALL_VIT}, 64, 192, 128),
+    "GPT": ({"model": "gpt", "context": 128, "depth": 3, "heads": 4, "dim": 256}, 32, 96, 16),
+}
+
+
+def run_of(kind: str, method: str, batch: int, samples: int, tested: int) -> tuple[int, Callable[[], object]]:
+    """(bytes by the budget, the run) of an epoch of one of `RUNS`, of which the data are there already."""
+    network = dict(RUNS[kind][0])
+    if kind == "GPT":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "text")
+            path.write_text("".join(chr(48 + i * i % 61) for i in range(128 * (samples + tested) + 2)))
+            train, test = f3.load_text(str(path), context=128, max_train_samples=samples, max_test_samples=tested)
+        network["vocabulary"] = train.outputs
+    else:
+        shape = [784] if kind == "MLP" else [3, 32, 32]
+        train, test = (
+            f3.Dataset.from_tensors(torch.randn(n, *shape), torch.arange(n) % CLASSES, classes=CLASSES)
+            for n in (samples, tested)
+        )
+    word = "f3" if method in OURS else "bp"
+    settings = f3.Settings(method=word, optimizer=f3.Adam(), batch_size=batch, device="cpu", **precision_of(method))
+    errors = 4 * samples * train.positions * train.outputs if settings.keeps_errors else 0
+    budget = budget_of(settings, network, (train, test), errors, rehearsed=True)
+    trained = lambda: f3.Trainer(from_config(network), settings=settings).fit(train, 1, test)  # noqa: E731
+    return budget.total_bytes - budget.memory["data"], trained
+
+
+def measure_run(kind: str, method: str) -> dict[str, int]:
+    """Bytes: the `budget` of a run beside its data, and the `peak` over what was in use before."""
+    _, batch, samples, tested = RUNS[kind]
+    with ThreadPoolExecutor(1) as other:  # whose buffers go with it
+        other.submit(run_of(kind, method, 8, 16, 8)[1]).result()  # loads what the libraries have
+    budget, run = run_of(kind, method, batch, samples, tested)
+    gc.collect()
+    before = reset_peak(torch.device("cpu"))
+    run()
+    return {"budget": budget, "peak": peak(torch.device("cpu")) - before}
+
+
+def prepared(
+    model: f3.Sequential, method: str, device: torch.device, x: Tensor, classes: Tensor, first_step: bool = True
+) -> tuple[Callable[[], None], list[Tensor]]:
+    """(a step on `x [batch, ...]` and its `classes [batch]`, the optimizer's state), after a first small step that has made
+    all that lasts. F3 makes it before a step, and can go without: its step is then a run of one."""
+    if method in OURS:
+        settings = precision_of(method)
+        word = "dfa" if method == "dfa" else "f3"
+        trainer = f3.Trainer(model, "bce", method=word, device=device, batch_size=len(x), cuda_graph="off", **settings)
+        data = f3.Dataset.from_tensors(x, classes, classes=CLASSES)
+        everything = torch.arange(len(x), device=device)
+        if not first_step:
+            return lambda: trainer.fit(data, 1, batches=lambda epoch: [everything]), []
+        trainer.fit(data, 1, batches=lambda epoch: [everything[:2]])
+        states = trainer.learner.updater.states.values()
+        moments = [t for state in states for t in (*state.moments, *state.scales)]
+        return lambda: trainer.learner.visit(Visit(everything, everything), LR), moments
+    model.to(device)
+    if "bf16" in method:
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    if method in INFERENCE:
+        run = torch.inference_mode()(model.eval())
+        run(x[:2])
+        return lambda: run(x), []
+    model.train()
+    backprop = Backprop(model, method)
+    target = functional.one_hot(classes, CLASSES).float()
+    backprop.step(x[:2], target[:2])
+    if method == "bp-compiled":
+        backprop.step(x, target)  # compiles for the batch
+    return lambda: backprop.step(x, target), list(backprop.moments())

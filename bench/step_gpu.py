@@ -1,8 +1,9 @@
 """Training steps on a GPU: F3 against the best backpropagation that torch offers. Run by `bench.step --device cuda`.
 
-Backpropagation runs in three forms, each with torch's fused Adam and the same precision: eager; compiled
-(`max-autotune-no-cudagraphs`); and compiled with the whole step, optimizer included, in a CUDA graph. F3 runs as `Trainer` runs
-it, and without its graph. Every round times each of them once, by device events; medians over rounds.
+Backpropagation runs in three forms, each with torch's fused Adam and the same precision: eager; with the whole step, optimizer
+included, in a CUDA graph; and compiled (`max-autotune-no-cudagraphs`) in a graph. F3 runs as `Trainer` runs
+it, with and without its graph, and where that can be as a hundred steps in one launch. Every round times each of them once, by
+device events; medians over rounds.
 
 Bound: a step's matrix products (F3 4MKN + 2MCN a layer, backpropagation 6MKN) at the rate that a large library product reaches
 here, or the bytes of weights, moments and shadows (float32 Adam: 26 bytes a weight with a shadow in half precision, 24 without)
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 import f3triton as f3
 from f3triton.base.data import Visit
+from f3triton.run.gathered import Gathered
 
 from .common import noted
 from .kernels import ceilings
@@ -28,6 +30,7 @@ from .kernels import ceilings
 Step = Callable[[Tensor], object]
 LR = 1.5e-4
 SAMPLES = 6000
+TOGETHER = 100
 # name: (layer sizes, batch, precision)
 SETTINGS = {
     "784-500-10, batch 50, float32": ([784, 500, 10], 50, "float32"),
@@ -46,11 +49,24 @@ def data(sizes: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
 
 def library(sizes: list[int], batch: int, precision: str, device: torch.device, graph: str, backend: str) -> Step:
     """A step of this library's trainer."""
-    model = f3.models.MLP(sizes)
-    trainer = f3.Trainer(model, "bce", f3.Adam(lr=LR), lr_schedule="constant", device=device, batch_size=batch,
-                         precision=precision, cuda_graph=graph, backend=backend)  # fmt: skip
-    trainer.fit(data(sizes, device), 1, batches=lambda epoch: [torch.arange(batch)] * 4)
+    trainer = trained(sizes, batch, precision, device, cuda_graph=graph, backend=backend)
     return lambda index: trainer.learner.visit(Visit(index, index), LR)
+
+
+def trained(sizes: list[int], batch: int, precision: str, device: torch.device, **how: str) -> f3.Trainer:
+    """The trainer after an epoch."""
+    trainer = f3.Trainer(f3.models.MLP(sizes), "bce", f3.Adam(lr=LR), lr_schedule="constant", device=device, batch_size=batch,
+                         precision=precision, **how)  # fmt: skip
+    trainer.fit(data(sizes, device), 1)
+    return trainer
+
+
+def launched(sizes: list[int], batch: int, precision: str, device: torch.device) -> Step:
+    """The same, many in one launch: the last of `TOGETHER` steps does them all. (A row may be twice among them here.)"""
+    trainer = trained(sizes, batch, precision, device, backend="triton", epoch_launch="on")
+    flow = Gathered(trainer.learner, trainer.model, batch)
+    flow.most = TOGETHER
+    return lambda index: flow.visit(Visit(index, index), LR, lambda *_: None)
 
 
 def backprop(sizes: list[int], batch: int, precision: str, device: torch.device, compiled: bool, graphed: bool) -> Step:
@@ -104,11 +120,12 @@ def contestants(sizes: list[int], batch: int, precision: str, device: torch.devi
         "f3triton f3, torch backend": lambda: library(*setting, "off", "torch"),
         "backprop, fused Adam": lambda: backprop(*setting, compiled=False, graphed=False),
     }
+    if device.type == "cuda" and precision == "float32":
+        found["f3triton f3, many steps in one launch"] = lambda: launched(*setting)
     if device.type == "cuda":
         found |= {
             "f3triton f3, no graph": lambda: library(*setting, "off", "auto"),
             "f3triton f3, torch backend, graph": lambda: library(*setting, "on", "torch"),
-            "backprop, fused Adam, compiled": lambda: backprop(*setting, compiled=True, graphed=False),
             "backprop, fused Adam, graph": lambda: backprop(*setting, compiled=False, graphed=True),
             "backprop, fused Adam, compiled, graph": lambda: backprop(*setting, compiled=True, graphed=True),
         }

@@ -6,18 +6,19 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from . import eager
-from .gpu import tiles
 from .times import Work, measured
 from .words import BACKENDS
 
 # the precisions of the Triton kernels, and the type of their products
+FEW_ROWS = 64  # of which float32 products are bound by memory
 PRODUCTS = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -96,17 +97,17 @@ def _faster(device: torch.device, precision: str, work: Sequence[Work]) -> tuple
 def _by_rule(precision: str, rows: int) -> tuple[str, str]:
     """(the backend that is likely faster for products of up to so many rows, why).
 
-    What Triton saves is memory traffic: with Adam a step in one launch moves 24 bytes a weight, and torch's, which reads the
-    weight once more and has the gradient in memory, 36. What it may lose is the speed of products, 4 FLOPs a weight and row. On
-    tensor cores (half precision, tf32) both reach about the same, so bytes decide. Exact float32 products run on plain FMA
-    units, which cuBLAS fills better; Triton wins only where memory is the bound all the same. A step in one launch takes up to
-    64 rows, 11 FLOPs a byte, and an A100 does 10 to 13 in the time of a byte, an H100 20. More rows are bound by the products.
+    What Triton saves is memory traffic: with Adam a step moves 28 bytes a weight, and torch's, with the gradient in memory, 36.
+    What it may lose is the speed of products, 4 FLOPs a weight and row. On tensor cores (half precision, tf32) both reach
+    about the same, so bytes decide. Exact float32 products run on plain FMA units, which cuBLAS fills better; Triton wins only
+    where memory is the bound all the same, with few rows: 64 are 9 FLOPs a byte, and an A100 does 10 to 13 in the time of a
+    byte, an H100 20. More rows are bound by the products.
     """
     less = "its fused update moves fewer bytes"
     if precision != "float32":
         return "triton", f"{precision} products are on tensor cores either way, and {less}"
-    if rows <= tiles.STEP_ROWS:
-        return "triton", f"float32 steps of up to {tiles.STEP_ROWS} rows are bound by memory, and {less}"
+    if rows <= FEW_ROWS:
+        return "triton", f"float32 steps of up to {FEW_ROWS} rows are bound by memory, and {less}"
     return "torch", f"float32 products of {rows} rows are bound by plain FMA, which cuBLAS does faster than Triton"
 
 
@@ -124,3 +125,24 @@ def _fault(device: torch.device, precision: str) -> str | None:
     except Exception as error:
         return f"does not run on this device: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return None if wrong is None else f"gives wrong results on this device ({wrong})"
+
+
+def network_steps() -> Callable[..., Tensor]:
+    """`reference.network_steps_` in one launch, with `failed`; see `gpu.steps`."""
+    return importlib.import_module(".gpu.steps", __package__).network_steps_
+
+
+def network_fault(device: torch.device, *about: object) -> str | None:
+    """Why steps of a network cannot be one launch on this device; None where they can. `about`: see `selfcheck.network_fault`.
+
+    What the kernel does not do is an answer, and what goes wrong is warned of.
+    """
+    from . import selfcheck
+
+    try:
+        why, wrong = selfcheck.network_fault(device, *about)
+    except Exception as error:
+        why, wrong = None, f"does not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if wrong is not None:
+        warnings.warn(f"a launch of many steps {wrong} on this device; steps are launched one by one", stacklevel=2)
+    return why or wrong

@@ -28,7 +28,7 @@ from .rules import SGD, Moments, State, Update
 aten = torch.ops.aten
 
 SCRATCH = 1 << 20  # elements of gradient alive at once: 4 MiB in float32, about a core's share of cache
-NARROW_SCRATCH = 1 << 16  # the same of moments in bfloat16 or int8, whose rounding takes more buffers of that size
+NARROW_SCRATCH = 1 << 17  # the same of moments in bfloat16 or int8, whose rounding takes more buffers of that size
 _here = sys.modules[__name__]
 _scratch = threading.local()  # a thread's own gradient buffers, by dtype
 READS_SHADOWS = False  # a copy of the weight in half precision would save nothing here

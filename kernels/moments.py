@@ -19,6 +19,8 @@ optimizers (arXiv 2110.02861), whose blocks have a map of unevenly spaced levels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,14 @@ def is_narrow(moments: tuple[Tensor, ...]) -> bool:
     return any(moment.dtype in (torch.bfloat16, *LEVELS) for moment in moments)
 
 
-def _spread(scale: Tensor, columns: int) -> Tensor:
-    """`[rows, columns]` of `[rows, blocks]`."""
-    return scale.repeat_interleave(BLOCK, 1)[:, :columns]
+def _by_block(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of `values [rows, columns]` as `[rows, blocks, BLOCK]` with their scales `[rows, blocks, 1]`; then the last block,
+    where it is shorter."""
+    whole = values.shape[1] // BLOCK
+    if whole:
+        yield values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), scale[:, :whole, None]
+    if values.shape[1] % BLOCK:
+        yield values[:, None, whole * BLOCK :], scale[:, whole:, None]
 
 
 def widened(moment: Tensor, scale: Tensor | None) -> Tensor:
@@ -70,7 +77,10 @@ def widened(moment: Tensor, scale: Tensor | None) -> Tensor:
     if moment.dtype not in LEVELS:
         return moment.float() if moment.dtype == torch.bfloat16 else moment
     q = moment.flatten(1).float()
-    return (q * q.abs()).mul_(LEVELS[moment.dtype] ** -2).mul_(_spread(scale, q.shape[1])).view(moment.shape)
+    q.mul_(q.abs() if moment.dtype == torch.int8 else q).mul_(LEVELS[moment.dtype] ** -2)
+    for part, own in _by_block(q, scale):
+        part.mul_(own)
+    return q.view(moment.shape)
 
 
 def narrow_(moment: Tensor, scale: Tensor | None, values: Tensor, bits: Tensor | None) -> None:
@@ -80,20 +90,28 @@ def narrow_(moment: Tensor, scale: Tensor | None, values: Tensor, bits: Tensor |
             moment.copy_(values if bits is None or moment.dtype != torch.bfloat16 else cut_to_bfloat16(values, bits))
         return
     values, levels = values.flatten(1), LEVELS[moment.dtype]
-    rows, columns = values.shape
-    padded = torch.nn.functional.pad(values.abs(), (0, scale.shape[1] * BLOCK - columns))
-    torch.amax(padded.view(rows, -1, BLOCK), 2, out=scale)
-    square = padded[:, :columns] / _spread(scale, columns).clamp(min=torch.finfo(torch.float32).tiny) * levels**2
-    low = square.sqrt().floor_()
-    above = (square - low * low) / (2 * low + 1)  # 0 to 1: of the way from this level's value to the next one's
-    q = low + (above >= 0.5 if bits is None else above * 65536 > bits.view(rows, columns))
-    q = q.clamp_(max=levels)
-    q = torch.maximum(q, (values > 0).float()) if moment.dtype == torch.uint8 else q.copysign_(values)
+    square = values.abs()
+    for part, own in _by_block(square, scale):
+        torch.amax(part, 2, keepdim=True, out=own)
+        part.div_(own.clamp(min=torch.finfo(torch.float32).tiny))
+    square *= levels**2
+    q = square.sqrt().floor_()
+    # 0 to 2: twice the part of the way from this level's value, q^2, to the next one's, q^2 + 2q + 1
+    above = square.addcmul_(q, q, value=-1).div_(q.add_(0.5))
+    q -= 0.5
+    if bits is None:
+        q += above >= 1
+    else:  # above * 32768 > bits, without the comparison, which takes several times as long
+        q += above.mul_(32768).ceil_().sub_(bits.view(values.shape)).clamp_(0, 1)
+    q.clamp_(max=levels)
+    q = torch.maximum(q, values.sign(), out=q) if moment.dtype == torch.uint8 else q.copysign_(values)
     moment.copy_(q.view(moment.shape))
 
 
 def narrow_all_(moments: tuple[Tensor, ...], scales: tuple[Tensor, ...], values: list[Tensor], bits: Tensor | None) -> None:
-    """`narrow_` of each, with its own part of the weight's 32 random `bits`."""
-    own = (None, None) if bits is None else (bits >> 16, further_bits(bits) if len(moments) > 1 else None)
+    """`narrow_` of each, with its own part of the weight's 32 random `bits` (int32)."""
+    own: tuple[Tensor | None, ...] = (None, None)
+    if bits is not None:
+        own = (bits >> 16).bitwise_and_(0xFFFF), further_bits(bits) if len(moments) > 1 else None
     for i, (moment, value) in enumerate(zip(moments, values, strict=True)):
         narrow_(moment, scales[i] if scales else None, value, own[i])

@@ -8,7 +8,8 @@ enters autograd, nothing is in a hurry, and everything works in float64. The mat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import cleandoc
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from .generated import GeneratedFeedback
 from .moments import is_narrow, narrow_all_, widened
 from .rounding import bits_of, cut_to_bfloat16, parameter_seed
-from .rules import SGD, Moments, State, Update
+from .rules import SGD, Layer, Moments, State, Update
 from .words import ACTIVATIONS, LINKS, LOSSES, SOURCES
 
 NORM_EPS = 1e-5
@@ -395,3 +396,33 @@ def output_step(
     """
     figures = losses_of(a, target, loss), hits_of(a, target)
     return loss_gradient(a, target, loss), error_signal(a, target, loss, source, link), figures
+
+
+def network_steps_(
+    x: Tensor,  # [S, M, K]
+    row: Tensor,  # [S, M, R]
+    target: Tensor,  # [S, M, C]
+    layers: Sequence[Layer],  # changed
+    loss: str,
+    update: Update,
+    activation: str = "identity",
+    scale: float = 1.0,
+) -> Tensor:
+    """S steps of a whole network, each from its own batch, where the rows that teach its hidden layers are known before.
+
+    A step is `linear_step_` of each hidden layer, then the last layer by its exact gradient. Returns the outputs `a [S, M, C]`,
+    each from before its own update. `x [S, M, K]`, `row [S, M, R]`, `target [S, M, C]`; the last of `layers` has no feedback,
+    the others' is `[R, N]`; `update.lr [S]` holds a rate for each step, and `update.step` is the number of the first. Raises
+    ValueError for unknown words, and where shapes or states do not fit (torch: RuntimeError).
+    """
+    *hidden, last = layers
+    outputs = []
+    for t, h in enumerate(x):
+        now = replace(update, lr=update.lr[t], step=update.step + t)
+        for weight, bias, weight_state, bias_state, feedback in hidden:
+            h = linear_step_(h, weight, bias, row[t], feedback, weight_state, bias_state, now, activation, scale)
+        a = linear_forward(h, last.weight, last.bias)
+        gradient = loss_gradient(a, target[t], loss)
+        outer_product_update_(last.weight, last.bias, gradient, h, last.weight_state, last.bias_state, now)
+        outputs.append(a)
+    return torch.stack(outputs)

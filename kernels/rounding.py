@@ -36,22 +36,35 @@ def random_bits(element: Tensor, seed: int, step: int | Tensor) -> Tensor:
     return _mix(h ^ (((step * STEP_FACTOR & _MASK) + (element >> 32)) & _MASK))
 
 
+def _mix_(h: Tensor) -> Tensor:
+    """`_mix` in place, of 32 bits in int32, whose products wrap and whose shifts bring in signs."""
+    high = torch.empty_like(h)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, 1)):
+        h ^= torch.bitwise_right_shift(h, shift, out=high).bitwise_and_(_MASK >> shift)
+        h *= factor
+    return h
+
+
 def bits_of(like: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
-    """`random_bits` for the elements of a tensor, numbered from `first` in memory order."""
-    element = torch.arange(first, first + like.numel(), device=like.device).view(like.shape)
-    return random_bits(element, seed, step)
+    """`random_bits` for the elements of a tensor, numbered from `first` in memory order; int32, the highest bit its sign."""
+    last = first + like.numel()
+    element = torch.arange(first, last, device=like.device).view(like.shape)
+    h = _mix_(element.to(torch.int32).bitwise_xor_(seed))
+    above = element >> 32 if first >> 32 != (last - 1) >> 32 else first >> 32
+    word = ((step * STEP_FACTOR & _MASK) + above) & _MASK
+    h ^= word.to(torch.int32) if isinstance(word, Tensor) else (word ^ 1 << 31) - (1 << 31)
+    return _mix_(h)
 
 
 def further_bits(bits: Tensor) -> Tensor:
-    """Sixteen more bits for each 32 random ones."""
-    return _mix(bits ^ 0x5BD1E995) & 0xFFFF
+    """Sixteen more bits for each 32 random ones (int32)."""
+    return _mix_(bits ^ 0x5BD1E995).bitwise_and_(0xFFFF)
 
 
 def cut_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
-    """`values` (float32) as bfloat16: sixteen random `bits` are added below its last one, and the lower half is cut.
+    """`values` (float32) as bfloat16: sixteen random `bits` (int32) are added below its last one, and the lower half is cut.
 
     Infinities and NaN stay what they are.
     """
-    own = values.contiguous().view(torch.int32).to(torch.int64)
-    rounded = ((own + bits) >> 16 << 16).to(torch.int32).view(torch.float32)
+    rounded = (values.contiguous().view(torch.int32) + bits).bitwise_and_(-1 << 16).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

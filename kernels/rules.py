@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,3 +131,13 @@ def new_state(
     own, scales = new_moments(parameter, rule.moments, moments)
     copy = None if shadow in (None, parameter.dtype) else parameter.detach().to(shadow)
     return State(own, copy, place, scales)
+
+
+class Layer(NamedTuple):
+    """A linear layer as `network_steps_` takes it, in the places of its arguments; `feedback [R, N]` of hidden ones."""
+
+    weight: Tensor  # [N, K], changed
+    bias: Tensor | None  # [N], changed
+    weight_state: State  # changed
+    bias_state: State | None
+    feedback: Tensor | None = None

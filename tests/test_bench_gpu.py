@@ -138,20 +138,51 @@ def test_steps_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "step.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", [method for method in memory_child.METHODS if method != "bp-compiled"])
+CONTESTANTS = (*memory_child.OURS, *memory_child.PLAIN, *memory_child.INFERENCE)
+
+
+@pytest.mark.parametrize("method", [method for method in CONTESTANTS if method != "bp-compiled"])
 @pytest.mark.parametrize("kind", ["mlp", "transformer"])
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of memory is read from /proc")
 def test_memory_is_measured(kind: str, method: str) -> None:
     found = memory_child.measure(kind, method, 2, 64, 8, 16, CPU)
-    assert found.keys() == {"step", "lasting", "feedback", "total", "saved", "parameters"}
-    assert found["lasting"] > 3 * found["feedback"] >= 0
+    assert found.keys() == {"step", "weights", "moments", "feedback", "total", "saved", "parameters"}
+    each, weights = {part: found[part] / found["parameters"] for part in ("weights", "moments")}, 2 if "bf16" in method else 4
+    assert each["weights"] == weights
+    if method in memory_child.INFERENCE:
+        assert each["moments"] == 0
+    else:  # vectors keep float32, and so does what has few columns more than its scales
+        assert (2 <= each["moments"] < 3) if "int8" in method else (8 <= each["moments"] < 8.1)
+
+
+@pytest.mark.skipif(not memory_child.HAS_8BIT, reason="8-bit Adam is torchao's, which is not installed")
+@pytest.mark.parametrize("method", memory_child.EIGHT_BIT)
+def test_memory_of_adam_in_8_bits_is_measured(method: str) -> None:
+    found = memory_child.measure("mlp", method, 2, 64, 8, 0, CPU)
+    assert 2 <= found["moments"] / found["parameters"] < 8
+
+
+@pytest.mark.parametrize("budget", [0, 5, 1000, 54_321, 10**6])
+@pytest.mark.parametrize("guess", [1, 300, 10**5])
+def test_the_largest_depth_is_found_by_few_measurements(budget: int, guess: int) -> None:
+    asked = []
+
+    def total(depth: int) -> int:
+        asked.append(depth)
+        return 40 + 7 * depth
+
+    found = memory_scaling.largest(total, budget, guess)
+    assert found == max(0, (budget - 40) // 7)
+    assert len(asked) <= 8
 
 
 def test_a_failing_measurement_of_memory_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_child(method: str, setting: memory_scaling.Setting, device: str) -> dict[str, int]:
         if method == "bp":
             raise RuntimeError("out of memory")
-        return dict.fromkeys(("step", "lasting", "feedback", "total", "saved", "parameters"), 1 << 20)
+        return dict.fromkeys(
+            ("step", "weights", "moments", "feedback", "total", "saved", "parameters"), 1 << (20 + setting.depth // 20)
+        )
 
     monkeypatch.setattr(memory_scaling, "in_child", in_child)
     monkeypatch.setattr(sys, "argv", ["memory_scaling", "--quick", "--output", str(tmp_path / "memory.json")])
@@ -159,8 +190,13 @@ def test_a_failing_measurement_of_memory_hides_no_other(tmp_path: Path, monkeypa
         memory_scaling.main()
     content = json.loads((tmp_path / "memory.json").read_text())
     names = [f"MLP, bp, hidden layers {depth}" for depth in (1, 20)]
+    names += [f"{next(iter(memory_scaling.QUICK_BYTES))}, bp", "largest in 64 MiB, bp"]
     assert content["failed"] == dict.fromkeys(names, "RuntimeError: out of memory")
     assert ended.value.code == f"failed: {', '.join(names)}"
-    assert {row["method"] for row in content["rows"] if row["x_name"] == "hidden layers"} == {"f3", "bp-checkpoint-in-backward"}
+    assert {row["method"] for row in content["rows"] if row["x_name"] == "hidden layers"} == {
+        "f3",
+        "f3-bf16-int8",
+        "bp-checkpoint-in-backward",
+    }
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert not (tmp_path / "memory.partial.json").exists()

@@ -65,6 +65,42 @@ def test_what_is_refused(text: str | None, told: str, tmp_path: Path, capsys: py
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "told"),
+    [
+        ("method = 'bp'\nfeedback = 'trinomial'", [], "--feedback has no effect with the method 'bp'"),
+        ("hidden_scale = 1.0", ["--method", "bp"], "--hidden-scale has no effect with the method 'bp'"),
+        ("drop_heads = true", [], "--drop-heads has no effect with the signal 'delayed-error'"),
+        ("shuffle_buffer = 10", [], "--shuffle-buffer has no effect without --streaming"),
+    ],
+)
+def test_options_without_effect_are_refused_as_typed_ones_are(
+    text: str, options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "idle.toml").write_text(f"[options]\n{text}\n")
+    assert main(["--config", str(tmp_path / "idle.toml"), *options, "--output-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_method_for_a_run_s_options(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a `config.json`, which says every option, those count that are not the default; `false` says nothing."""
+    small = ["--hidden", "8", "--max-train-samples", "60", "--epochs", "1", "--quiet", "--output-dir"]
+    assert main([*small, str(tmp_path / "plain")]) == 0
+    assert main([*small, str(tmp_path / "own"), "--feedback", "kaiming"]) == 0
+    assert (
+        main(["--config", str(tmp_path / "plain" / "config.json"), "--method", "bp", "--output-dir", str(tmp_path / "bp")]) == 0
+    )
+    assert (
+        main(["--config", str(tmp_path / "own" / "config.json"), "--method", "bp", "--output-dir", str(tmp_path / "no")]) == 2
+    )
+    assert "--feedback has no effect with the method 'bp'" in capsys.readouterr().err
+    (tmp_path / "off.toml").write_text("[options]\nmethod = 'bp'\nmask_target = false\n")
+    assert main(["--config", str(tmp_path / "off.toml"), *small, str(tmp_path / "off")]) == 0
+
+
 def test_files_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--config", str(tmp_path / "a.toml"), "--recipe", "mnist"]) == 2
     assert "--config and --recipe cannot go together" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from f3triton.base.exceptions import InputError
-from f3triton.data import Preprocessing, cache, images, load_dataset
+from f3triton.data import Preprocessing, cache, images, load_dataset, stream_dataset
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -134,11 +134,106 @@ def test_grey_among_colour():
 def test_mixed_sizes():
     small, large = grey(3), grey(1, (6, 7))
     with pytest.raises(
-        InputError, match=r"mixed sizes, 4x5 in row 0 of split 'train' and 7x6 in row 2 of split 'train'; resize"
+        InputError, match=r"mixed sizes, 4x5 in row 0 of split 'train' and 7x6 in row 2 of split 'train'; resize.*--image-size"
     ):
         load([small[0], small[1], large[0]])
-    with pytest.raises(InputError, match=r"mixed sizes, 4x5 in row 0 of split 'train' and 7x6 in row 0 of split 'test'"):
+    with pytest.raises(
+        InputError, match=r"mixed sizes, 4x5 in row 0 of split 'train' and 7x6 in row 0 of split 'test'.*--image-size"
+    ):
         load(small, large)
+
+
+class TestImageSize:
+    def test_mixed_sizes_are_resized(self):
+        items = [*colour(2, (5, 4)), *grey(2, (30, 20)), *colour(2, (8, 8))]
+        train, test = load(items, items[::-1], image_size=8)
+        assert train.preprocessing.shape == (3, 8, 8)
+        assert torch.equal(train.inputs, test.inputs.flip(0))
+        assert "images: resized to 8x8 colour" in train.preprocessing.describe()[0]
+        for picture, found in zip(items, train.inputs.view(6, 3, 8, 8), strict=True):
+            wanted = Image.fromarray(picture).convert("RGB").resize((8, 8), Image.Resampling.BILINEAR)
+            assert np.array_equal(np.asarray(wanted).transpose(2, 0, 1), found)
+
+    def test_it_is_an_average_where_it_shrinks(self):
+        """Antialiased: a fine checkerboard becomes its mean, not one of its two shades."""
+        board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
+        train, _ = load([board] * 2, image_size=4)
+        assert (train.inputs.int() - 128).abs().max() <= 2
+
+    def test_images_of_that_size_are_left_as_they_are(self):
+        pixels = grey(size=(8, 8))
+        train, _ = load(pixels, image_size=8)
+        assert torch.equal(train.inputs, torch.from_numpy(pixels).flatten(1))
+        assert train.preprocessing.resized
+
+    def test_raw_images_of_any_size(self, tmp_path):
+        train, _ = load(colour(size=(9, 9)), image_size=8)
+        stored = Preprocessing.from_json(json.loads(json.dumps(train.preprocessing.to_json())))
+        assert stored == train.preprocessing
+        large = colour(1, (20, 30))[0]
+        Image.fromarray(large).save(tmp_path / "large.png")
+        wanted = stored.encode([large])
+        assert wanted.shape == (1, 192)
+        paths = [str(tmp_path / "large.png")]
+        rows = datasets.Dataset.from_dict({"image": paths})
+        for form in (paths, [tmp_path / "large.png"], [{"image": paths[0]}], {"image": paths}, rows, split([large])):
+            assert torch.equal(stored.encode(form), wanted)
+        assert torch.equal(stored.encode(large[None]), wanted)
+        with pytest.raises(InputError, match="images of 0x5"):
+            stored.encode(np.zeros((2, 5, 0), np.uint8))
+
+    def test_the_size_is_a_part_of_the_cache_and_of_the_preprocessing(self, cache_folder, monkeypatch):
+        monkeypatch.setattr(images, "WORTH_CACHING_SECONDS", -1.0)
+        sizes = [load(grey(), image_size=size)[0].in_features for size in (3, 4, None, 3)]
+        assert sizes == [9, 16, 20, 9]
+        assert len(list(cache_folder.glob("*.safetensors"))) == 3
+        small, plain = (load(grey(), image_size=size)[0].preprocessing for size in (4, None))
+        assert "resized" not in plain.to_json()
+        assert load(grey(), preprocessing=small)[0].in_features == 16
+        with pytest.raises(InputError, match="their shape: 1, 4, 4; now: 1, 3, 3"):
+            load(grey(), preprocessing=small, image_size=3)
+
+    @pytest.mark.parametrize("size", [0, -1, 4097, 2.5, "8"])
+    def test_what_is_no_size(self, size):
+        with pytest.raises(InputError, match=r"image_size \(--image-size\) is .*allowed: a whole number from 1 to 4096"):
+            load(grey(), image_size=size)
+
+    def test_a_table_has_no_image_size(self):
+        rows = datasets.Dataset.from_dict({"x": [1.0, 2.0] * 5, "label": [0, 1] * 5})
+        with pytest.raises(InputError, match=r"image_size \(--image-size\) 8 has no effect"):
+            load_dataset(rows, image_size=8)
+
+    def test_memory_is_that_of_the_resized_ones(self, monkeypatch):
+        monkeypatch.setattr("f3triton.data.images.available_memory", lambda: 600)
+        load(grey(size=(40, 40)), image_size=8)
+        with pytest.raises(InputError, match="holds 6 images of 40x40"):
+            load(grey(size=(40, 40)))
+
+    def test_stored_sizes_that_are_broken(self):
+        content = load(grey(), image_size=4)[0].preprocessing.to_json()
+        for shape, resized in (([1, 4, 5], True), ([1, 4, 4], 1)):
+            with pytest.raises(InputError, match="stored preprocessing is broken"):
+                Preprocessing.from_json(content | {"shape": shape, "resized": resized})
+
+    def test_a_stream(self):
+        data = split([*grey(60, (8, 8)), *grey(60, (5, 4))]).to_iterable_dataset()
+        train, test = stream_dataset(data, image_size=8, statistics_rows=50, max_train_samples=90, max_test_samples=20)
+        assert (train.in_features, test.in_features) == (64, 64)
+        assert train.read(train.reader(), 90)[0].shape == (90, 64)
+
+
+def test_a_column_of_paths(tmp_path, monkeypatch):
+    """A CSV file that names images, in its folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    for i, image in enumerate(grey(12)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "rows.csv").write_text("picture,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(12)))
+    train, test = load_dataset(tmp_path / "rows.csv", image="picture")
+    assert (len(train), len(test), train.preprocessing.shape) == (10, 2, (1, 5, 4))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "rows.csv").write_text("picture,label\n" + "../0.png,0\n../1.png,1\n" * 5)
+    with pytest.raises(InputError, match=r"the image '../[01].png' in row .* outside of the data set's folder"):
+        load_dataset(tmp_path / "in" / "rows.csv", image="picture")
 
 
 def test_broken_images(tmp_path):

@@ -90,7 +90,7 @@ def test_unknown_paths(tmp_path):
         ("bad.json", b'{"a":1\n{"b"', "JSON"),
         ("latin.csv", b"a,y\n\xff\xfe,2\n", "utf-8"),
         ("head.csv", b"a,y\n", "empty split"),
-        ("late.csv", b"a,y\n" + b"1,2\n" * 12_000 + b"x,3\n", "the first rows set the type"),
+        ("late.csv", b"a,y\n" + b"1,2\n" * 300_000 + b"x,3\n", "the first rows set the type"),
     ],
 )
 def test_broken_files(tmp_path, name, content, part):
@@ -105,6 +105,16 @@ def test_broken_files(tmp_path, name, content, part):
     assert "'folder'" in message
     if name in ("bad.csv", "bad.json"):  # a parquet file only by newer versions of datasets
         assert f"file '{name.replace('bad', 'train')}'" in message
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_types_of_a_text_file_are_those_of_all_its_rows(tmp_path, way):
+    """The library takes them from the first 10,000."""
+    (tmp_path / "data").mkdir()
+    rows = "".join(f"{i if i < 11_000 else 0.5},{'' if i < 10_500 else '2024-01-02'},{i % 2}\n" for i in range(12_000))
+    (tmp_path / "data" / "train.csv").write_text("a,when,label\n" + rows)
+    train, _ = load_dataset(tmp_path / "data" / "train.csv" if way == "file" else tmp_path / "data")
+    assert [column.kind for column in train.preprocessing.columns] == ["number", "date"]
 
 
 def test_files_that_differ_in_columns(tmp_path):

@@ -13,6 +13,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from PIL import Image
+from test_own_data import write_photos, write_sales
 from test_train_script import run, write_csv
 
 import f3triton as f3
@@ -57,12 +59,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_csv(where / "wine.csv", 60, "alcohol,acidity,quality", "{0}.5,{1}.25,{0}")
     for name in ("shakespeare.txt", "input.txt"):
         (where / name).write_text("To be, or not to be, that is the question. ROMEO: aye.\n" * 120)
+    write_sales(where / "sales.csv")
+    write_sales(where / "new-sales.csv", 5)
+    write_photos(where / "photos", 12)
+    for name in ("cat.jpg", "dog.png"):
+        Image.new("RGB", (50, 40)).save(where / name)
     write_csv(where / "new.csv", 5, "alcohol,acidity", "{0}.5,{1}.25")
     plain = [*SMALL, "--epochs", "1", "--hidden", "16x2"]
     assert run(*plain, "--output-dir", "runs/digits-f3-...") == 0
     assert run(*plain, "--output-dir", "runs/my-run", "--method", "local") == 0
     assert run(*SMALL, "--epochs", "1", "--output-dir", "runs/theirs", "--dataset", "mine.csv") == 0
     assert run(*plain, "--output-dir", "runs/wine-f3-...", "--dataset", "wine.csv", "--target", "quality") == 0
+    assert run(*plain, "--output-dir", "runs/sales-f3-...", "--dataset", "sales.csv", "--target", "sold") == 0
+    assert run(*plain, "--output-dir", "runs/photos-f3-...", "--dataset", "photos", "--image-size", "8") == 0
     for name in ("shakespeare", "input"):
         text = ["--text", f"{name}.txt", "--dim", "16", "--depth", "1"]
         assert run(*SMALL, *text, "--epochs", "1", "--output-dir", f"runs/{name}-f3-...") == 0

@@ -129,6 +129,7 @@ RUNS: dict[str, list[object]] = {
     "bp": ["--hidden", 6, "--method", "bp", "--precision", "float64"],
     "local": ["--hidden", 6, 6, "--method", "local"],
     "vit": ["--model", "vit", "--patch-size", 4, "--dim", 8, "--depth", 1, "--heads", 2],
+    "resized": ["--hidden", 6, "--image-size", 5],
     "convnet": ["--model", "convnet", "--channels", 2, "--hidden", 6, "--kernel-size", 3, "--norm", "batch"],
     "text": TEXT,
     "table": ["--dataset", "table.csv", "--task", "regression", "--hidden", 4],
@@ -139,8 +140,8 @@ RUNS: dict[str, list[object]] = {
 
 def make_runs(folder: Path, names: list[str]) -> Path:
     """Data, and a run of each of these kinds with checkpoints, in `folder`; they load what each case would load by itself."""
-    rows = [(i % 5, f"w{i % 3}", i % 7 / 2) for i in range(80)]
-    (folder / "table.csv").write_text("a,b,y\n" + "".join(f"{a},{b},{y}\n" for a, b, y in rows))
+    rows = [(i % 5, f"w{i % 3}", f"2024-01-{1 + i % 28:02d}", i % 7 / 2) for i in range(80)]
+    (folder / "table.csv").write_text("a,b,d,y\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
     (folder / "text.txt").write_text("a bird in the hand\n" * 60)
     before = Path.cwd()
     try:

@@ -39,6 +39,30 @@ def test_a_graph_gives_the_same_run(backend: str, settings: dict) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [([9, 20, 4], {}), ([9, 20, 17, 30, 4], {"method": "drtp"}), ([784, 500, 500, 500, 4], {"optimizer": f3.SGD(lr=0.01)})],
+    ids=str,
+)
+def test_steps_in_one_launch_give_the_same_run(sizes: list[int], settings: dict) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(930, sizes[0], generator=generator)
+    y = (x[:, :9] @ torch.randn(9, 4, generator=generator)).argmax(-1)
+
+    def run(**how: str) -> f3.Trainer:
+        torch.manual_seed(1)
+        model, settings_of_all = f3.models.MLP(sizes), {"optimizer": f3.Adam(lr=0.001), "batch_size": 50, "backend": "triton"}
+        trainer = f3.Trainer(model, device="cuda", **{**settings_of_all, **settings, **how})
+        trainer.fit((x, y), 4, (x, y))
+        return trainer
+
+    launched, again, graphed = run(epoch_launch="on"), run(epoch_launch="on"), run(epoch_launch="off", cuda_graph="on")
+    for one, other, twice in zip(*(trainer.model.parameters() for trainer in (launched, graphed, again)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert torch.equal(one, twice)
+    assert launched.result.history[-1]["test_loss"] == pytest.approx(graphed.result.history[-1]["test_loss"], rel=1e-3)
+
+
 def test_the_kernels_pass_their_check_on_this_device() -> None:
     from f3triton.kernels import dispatch
 

@@ -104,7 +104,40 @@ def test_pictures(kind: str, tmp_path: Path) -> None:
         (tmp_path / "data" / "train" / label).mkdir(parents=True)
         for i in range(3):
             make(tmp_path / "data" / "train" / label / f"{i}.png")
-    assert message in refused("--dataset", tmp_path / "data")
+    for size in ([], ["--image-size", 8]):
+        assert message in refused("--dataset", tmp_path / "data", *size)
+
+
+@pytest.mark.parametrize("side", [4096, 1 << 40])
+def test_sizes_of_images_that_no_memory_holds(side: int, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("f3triton.data.images.available_memory", lambda: 1 << 20)
+    write(images, "inside.png")
+    assert "272.0 MiB" in (told := refused("--dataset", images, "--image-size", side)) or "allowed: a whole number" in told
+
+
+END = ((1 << 63) - 1) // 1000  # parquet has milliseconds
+
+
+@pytest.mark.parametrize(
+    "kind", [*map(pa.timestamp, ("s", "ms", "us", "ns")), pa.timestamp("s", "Asia/Tokyo"), "zone"], ids=str
+)
+def test_dates_at_the_end_of_time(kind: object) -> None:
+    unknown = kind == "zone"
+    values = pa.array([END, -END, 0, None] * 10, pa.timestamp("s", "Mars/" + "x" * 999) if unknown else kind)
+    pq.write_table(pa.table({"when": values, "y": [0, 1] * 20}), "rows.parquet")
+    if unknown:
+        assert "column 'when' of split 'train' cannot be read as dates" in refused("--dataset", "rows.parquet")
+        return
+    found = attempt(lambda: train("--dataset", "rows.parquet"), seconds=15)
+    assert not found.wrong, found
+
+
+@pytest.mark.parametrize("text", ["9" * 1_000_000, "2024-01-01" + " " * 1_000_000, "2024-01-01T" + "0" * 1_000_000, "\\0-1-1"])
+def test_text_that_is_nearly_a_date(text: str) -> None:
+    rows = pa.table({"when": ["2024-01-01", "2024-01-02", text] * 20, "y": [0, 1, 1] * 20})
+    pq.write_table(rows, "rows.parquet")
+    found = attempt(lambda: train("--dataset", "rows.parquet"), seconds=15, memory=1 << 30)
+    assert not found.wrong, found
 
 
 def test_more_images_than_memory_holds(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

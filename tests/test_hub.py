@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import f3triton as f3
+from f3triton.run.hub import last_name
 from train import main
 
 QUICK = ["--hidden", "8", "--max-train-samples", "100", "--epochs", "1", "--quiet"]
@@ -33,6 +35,32 @@ def test_a_model_goes_up_and_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(part in card for part in ("method f3 on digits", "| test error |", 'f3.load("hf:me/digits")', "python train.py"))
     one, other = f3.load("hf:me/digits"), f3.load(folder)
     assert all((a == b).all() for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_nothing_that_goes_up_tells_of_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, secret = tmp_path / "hub", tmp_path / "secret"
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda *_, folder_path, **__: shutil.copytree(folder_path, hub))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (secret / "runs").mkdir(parents=True)
+    (secret / "rows.csv").write_text("a,y\n" + "".join(f"{i},{i % 2}\n" for i in range(60)))
+    monkeypatch.chdir(tmp_path)
+    places = ["--dataset", str(secret / "rows.csv"), "--output-dir=secret/runs/one", "--error-store", "./secret/errors"]
+    arguments = [*QUICK, *places, "--push-to-hub", "me/rows"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert main(arguments) == 0
+    files = {path.name: path.read_bytes() for path in hub.iterdir()}
+    assert not [name for name, content in files.items() if b"secret" in content or str(tmp_path).encode() in content]
+    options = json.loads(files["config.json"])["options"]
+    assert (options["dataset"], options["output_dir"], options["error_store"]) == ("rows.csv", "one", "errors")
+    command = "--dataset rows.csv --output-dir=one --error-store errors --push-to-hub me/rows"
+    assert command in files["README.md"].decode()
+    assert json.loads((secret / "runs" / "one" / "config.json").read_text())["options"]["dataset"] == str(secret / "rows.csv")
+
+
+@pytest.mark.parametrize("text", ["ylecun/mnist", "digits", "auto", "8x2", "", "x" * 9999, "a\0b/c"])
+def test_what_is_no_local_path_stays(text: str) -> None:
+    assert last_name(text) == text
 
 
 def test_what_cannot_be_is_said_in_one_line(

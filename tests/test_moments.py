@@ -8,7 +8,7 @@ import torch
 import f3triton as f3
 from f3triton.kernels import SGD, Adam, AdamW, Update, eager, new_state, reference
 from f3triton.kernels.moments import BLOCK, moment_bytes, narrow_, new_moments, widened
-from f3triton.kernels.rounding import bits_of
+from f3triton.kernels.rounding import bits_of, cut_to_bfloat16, random_bits
 
 SHAPES = [(1, 1), (7, 5), (33, 70), (6, 3, 3, 3), (5,)]
 
@@ -30,7 +30,7 @@ def test_levels_are_squares_and_rounding_is_right_in_the_mean(which: int) -> Non
     moment, scale = moments[which], scales[which]
     values = torch.linspace(-1, 1, 50).pow(3).expand(400, 50) * 1e-3
     values = values.abs() if which else values
-    narrow_(moment, scale, values, bits_of(values, 3, 1) >> 16)
+    narrow_(moment, scale, values, (bits_of(values, 3, 1) >> 16) & 0xFFFF)
     assert torch.equal(scale, torch.stack([values[:, :BLOCK].abs().amax(1), values[:, BLOCK:].abs().amax(1)], 1))
     got = widened(moment, scale)
     spacing = 2 * (values.abs() * 1e-3).sqrt() / (255 if which else 127) + 1e-3 / 127**2
@@ -40,6 +40,38 @@ def test_levels_are_squares_and_rounding_is_right_in_the_mean(which: int) -> Non
     exact = got.clone()
     narrow_(moment, scale, exact, None)
     torch.testing.assert_close(widened(moment, scale), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("step", [1, 2**33 + 5, torch.tensor(123456789)], ids=str)
+@pytest.mark.parametrize("first", [0, 2**31 - 50, 2**32 - 50, 3 * 2**32 + 7])
+def test_the_bits_are_those_of_the_hash(first: int, step: int | torch.Tensor) -> None:
+    """In 32 bits with a sign, where the specification has 64."""
+    values = torch.randn(10, 13, generator=torch.Generator().manual_seed(0))
+    values[0, :2] = torch.tensor([3.39e38, -torch.inf])
+    wanted = random_bits(torch.arange(first, first + 130).view(10, 13), 12345, step)
+    bits = bits_of(values, 12345, step, first)
+    assert torch.equal(bits.long() & 0xFFFFFFFF, wanted)
+    rounded = ((values.view(torch.int32).long() + (wanted & 0xFFFF)) >> 16 << 16).to(torch.int32).view(torch.float32)
+    wanted = torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+    assert torch.equal(cut_to_bfloat16(values, bits & 0xFFFF), wanted)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("shape", [(7, 5), (33, 70), (5, 64)])
+def test_levels_are_those_of_the_formula(shape: tuple[int, int], drawn: bool) -> None:
+    """Bit for bit, written out with the comparisons that `narrow_` does without."""
+    generator = torch.Generator().manual_seed(0)
+    m = torch.randn(shape, generator=generator) * torch.logspace(-12, 2, shape[1])
+    moments, scales = new_moments(m, 2, "int8")
+    bits = bits_of(m, 3, 1) & 0xFFFF if drawn else None
+    for moment, scale, value, levels in zip(moments, scales, (m, m.square()), (127, 255), strict=True):
+        narrow_(moment, scale, value, bits)
+        square = value.abs() / scale.repeat_interleave(BLOCK, 1)[:, : shape[1]] * levels**2
+        low = square.sqrt().floor()
+        above = (square - low * low) / (2 * low + 1)
+        q = (low + (above * 65536 > bits if drawn else above >= 0.5)).clamp(max=levels)
+        q = torch.maximum(q, (value > 0).float()) if levels == 255 else q.copysign(value)
+        assert torch.equal(moment.float(), q)
 
 
 def test_zeros_stay_zero_and_small_v_stays_above() -> None:

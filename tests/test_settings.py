@@ -52,6 +52,7 @@ OTHERS = {
     "device": {"device": "cpu"},
     "backend": {"backend": "torch"},
     "cuda_graph": {"cuda_graph": "off"},
+    "epoch_launch": {"epoch_launch": "off"},
     "precision": {"precision": "float64"},
     "pipeline": {"pipeline": "threads:2"},
     "pipeline_split": {"pipeline_split": "1,1", "pipeline": "threads:2"},
@@ -72,7 +73,7 @@ def test_a_setting_is_a_keyword_and_decides_whether_a_run_is_the_same(name: str,
     changed, plain = trainer(**other), trainer(**without)
     assert changed.settings == f3.Settings(**other) != plain.settings
     fixed = [settings_of(made, {}, 3, 1) for made in (changed, plain)]
-    free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph", "patience"}
+    free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph", "epoch_launch", "patience"}
     free |= {"pipeline", "pipeline_split", "data_parallel", "data_parallel_by"}
     assert (fixed[0] == fixed[1]) == (name in free)
 

@@ -64,7 +64,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_path: Path) -> None:
     """Of replicas only the figures are compared: libraries choose products by the number of rows."""
     arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
-    code, said = run(tmp_path / "one", 0, *arguments)
+    code, said = run(tmp_path / "one", 0, *arguments, "--epoch-launch", "off")  # whose sums are in another order
     assert code == 0, said
     code, said = run(tmp_path / "two", 2, *arguments, *workers)
     assert code == 0, said

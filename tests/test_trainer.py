@@ -13,6 +13,8 @@ import f3triton as f3
 from f3triton.kernels import eager
 from f3triton.learn import step as engine
 from f3triton.learn.cuda_graph import GraphedStep
+from f3triton.learn.step import Output
+from f3triton.run import tally
 from f3triton.run.schedule import make_schedule
 from f3triton.run.tally import Diverged
 
@@ -379,3 +381,24 @@ class Detaching(nn.Module):
 def test_a_block_that_cuts_its_own_gradient_is_named() -> None:
     with pytest.raises(f3.InputError, match="Detaching in a Block cuts the gradient"):
         train(f3.Sequential(f3.Block(Detaching()), f3.Linear(4, 3)), 1)
+
+
+@pytest.mark.parametrize("kept", [1 << 20, 100])
+def test_batches_counted_together_are_counted_one_by_one(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "KEPT_OUTPUTS", kept)
+    monkeypatch.setattr(tally, "CHECK_EVERY", 7)
+    losses, hits = torch.rand(20 * 6), torch.rand(20 * 6) < 0.5
+    found = []
+    for parts in ([1] * 20, [3, 8, 9], [20], [5, 1, 14]):
+        counted, done = tally.Tally("bce", 5, torch.device("cpu")), 0
+        for batches in parts:
+            rows = slice(6 * done, 6 * (done + batches))
+            done += batches
+            counted.add(Output(None, None, losses[rows], hits[rows]), done, batches)
+        tensors, numbers = counted.state()
+        found.append(({name: tensor.tolist() for name, tensor in tensors.items()}, numbers))
+        assert counted.figures(20).correct == int(hits.sum())
+    assert all(other == found[0] for other in found)
+    losses[6 * 11 + 2] = float("nan")
+    with pytest.raises(tally.Diverged, match="nan at step 12;"):
+        tally.Tally("bce", 5, torch.device("cpu")).add(Output(None, None, losses, hits), 20, 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..base.exceptions import InputError
-from .columns import IMAGE, PIXELS, UNUSABLE, VECTOR, Table, is_numeric, kind_of, listed
+from .columns import IMAGE, PIXELS, UNUSABLE, VECTOR, Table, is_numeric, is_text, kind_of, listed
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "class")  # looked for in this order, in any case
 ROW_NUMBER_NAMES = ("id", "idx", "index")  # integer columns of these names, all values distinct, are no features
@@ -110,7 +110,8 @@ def _image_like(rows: Table, name: str) -> bool:
     import pyarrow as pa
 
     kind = rows.type(name)
-    return kind_of(rows, name)[0] in (IMAGE, PIXELS) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    paths = is_text(kind) and name not in rows.class_names
+    return paths or kind_of(rows, name)[0] in (IMAGE, PIXELS) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _ignored(candidates: list[str], image: str) -> list[str]:

@@ -17,6 +17,8 @@ IMAGE = "image"  # encoded images: PNG, JPEG, ...
 PIXELS = "pixels"  # nested lists of integers in 0..255, [H, W], [H, W, C] or [C, H, W] a row
 VECTOR = "vector"  # a list of numbers, of one length
 NUMBER, BOOLEAN, CATEGORY = "number", "boolean", "category"
+DATE = "date"  # a date or timestamp; text that holds nothing else becomes one when it is fitted
+HASHED = "hashed"  # words, too many to list: what a column of them becomes when it is fitted
 UNUSABLE = "unusable"
 JOINED = 1 << 29  # bytes of a column that is held whole where some of its rows are needed
 
@@ -123,6 +125,8 @@ def rows_from(raw: Any, names: list[str], where: str = "the rows given") -> Tabl
     columns = {}
     for name in names:
         values = raw_column(raw, name, where)
+        if any(isinstance(value, np.datetime64) for value in values):  # arrow takes some units only
+            values = [v.astype("datetime64[us]").item() if isinstance(v, np.datetime64) else v for v in values]
         try:
             columns[name] = pa.array(values, from_pandas=True)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -172,7 +176,8 @@ def raw_column(raw: Any, name: str, where: str) -> list:
         raise InputError(
             f"column {name!r} of {where} is a single {type(values).__name__}; give a list of dicts for single rows"
         )
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+    moments = isinstance(values, np.ndarray) and values.dtype.kind == "M"  # `tolist` would make integers of nanoseconds
+    return values.tolist() if hasattr(values, "tolist") and not moments else list(values)
 
 
 def kind_of(rows: Table, name: str) -> tuple[str, str]:
@@ -190,6 +195,8 @@ def kind_of(rows: Table, name: str) -> tuple[str, str]:
         return BOOLEAN, ""
     if is_numeric(kind):
         return NUMBER, ""
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        return DATE, ""
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return (IMAGE, "") if feature == "Image" else (UNUSABLE, "raw bytes")
     depth, leaf = 0, kind
@@ -300,6 +307,8 @@ def words(rows: Table, name: str, codes: tuple[str, ...] = ()) -> Any:
     import pyarrow.compute as pc
 
     column, kind = rows.column(name), rows.type(name)
+    if column.null_count == len(column):  # of any type: a reader does not know that of a column without values
+        return pa.nulls(len(column), pa.string())
     names = rows.class_names.get(name) or codes
     if pa.types.is_integer(kind) and names:
         ids = column.cast(pa.int64())

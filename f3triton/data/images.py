@@ -25,44 +25,53 @@ DECODER_VERSION = b"1"  # part of the key of cached images: change it when the s
 WORTH_CACHING_SECONDS = 0.5
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 LARGEST_IMAGE, LARGEST_FILE = 1 << 26, 1 << 28  # pixels, bytes
+LARGEST_SIDE = 4096  # of a resized image
+RESIZE = "resize them all with image_size (--image-size N)"
 
 
-def load_images(rows: Table, name: str, cached: bool = True) -> Tensor:
+def load_images(rows: Table, name: str, size: int | None = None, cached: bool = True) -> Tensor:
     """The images of a column, uint8 [n, C, H, W]; C is 1 if all are grey, else 3.
 
-    Where `cached`, what took long to decode is kept on disk for the next time.
-    Raises InputError: an image missing or unreadable, or of another size than the first.
+    With `size`, all are resized to that height and width. Where `cached`, what took long to decode is kept on disk for the
+    next time. Raises InputError: an image missing or unreadable, or, without a `size`, of another one than the first.
     """
     if kind_of(rows, name)[0] == PIXELS:
-        return _stack((image for _, piece in rows.pieces(name) for image in _pixel_rows(piece, rows, name)), rows, name)
+        return _stack((image for _, piece in rows.pieces(name) for image in _pixel_rows(piece, rows, name)), rows, name, size)
     if not cached:
-        return _decode_all(rows, name)
-    key = hashlib.blake2b(DECODER_VERSION, digest_size=20)
+        return _decode_all(rows, name, size)
+    version = DECODER_VERSION if size is None else b"%s, resized to %d" % (DECODER_VERSION, size)
+    key = hashlib.blake2b(version, digest_size=20)
     for data in _encoded(rows, name):
         key.update(len(data).to_bytes(8, "little"))
         key.update(data)
     pixels = cache.read(key.hexdigest(), len(rows))
     if pixels is None:
         start = time.perf_counter()
-        pixels = _decode_all(rows, name)
+        pixels = _decode_all(rows, name, size)
         if time.perf_counter() - start > WORTH_CACHING_SECONDS:
             cache.write(key.hexdigest(), pixels)
     return pixels
 
 
-def _decode_all(rows: Table, name: str) -> Tensor:
+def check_size(size: int | None) -> None:
+    """Raise InputError where images cannot be resized to `size`."""
+    if size is not None and (not isinstance(size, int) or not 1 <= size <= LARGEST_SIDE):
+        raise InputError(f"image_size (--image-size) is {size!r}; allowed: a whole number from 1 to {LARGEST_SIDE}")
+
+
+def _decode_all(rows: Table, name: str, size: int | None) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
-        return _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name)
+        return _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name, size)
 
 
-def convert_images(values: Iterable[Any], name: str, where: str = "the rows given") -> Tensor:
+def convert_images(values: Iterable[Any], name: str, size: int | None = None, where: str = "the rows given") -> Tensor:
     """Images as people hold them (PIL, encoded bytes, `{"bytes", "path"}`, arrays, tensors) as uint8 [n, C, H, W]."""
     import pyarrow as pa
 
     values = list(values)
     rows = Table(pa.table({name: pa.nulls(len(values))}), where)  # for the messages
-    return _stack((_convert(value, i, rows, name) for i, value in enumerate(values)), rows, name)
+    return _stack((_convert(value, i, rows, name) for i, value in enumerate(values)), rows, name, size)
 
 
 def match_channels(pixels: Tensor, channels: int, where: str) -> Tensor:
@@ -97,6 +106,7 @@ def _encoded(rows: Table, name: str) -> Iterator[bytes]:
 
 
 def _bytes_of(value: Any, i: int, rows: Table, name: str) -> bytes:
+    value = {"path": value} if isinstance(value, str) else value
     data = value if value is None or isinstance(value, bytes) else value.get("bytes")
     if data is None and value is not None and value.get("path"):
         try:
@@ -199,10 +209,23 @@ def _convert(value: Any, i: int, rows: Table, name: str) -> np.ndarray:
     return _pixels_of_array(array, name, rows.where)
 
 
-def _stack(images: Iterable[np.ndarray], rows: Table, name: str) -> Tensor:
-    """Images [H, W] or [3, H, W] of one size as uint8 [n, C, H, W]; grey ones are widened once a colour one appears."""
+def _resized(image: np.ndarray, size: int | None) -> np.ndarray:
+    """An image [H, W] or [3, H, W] stretched to `size` x `size`: bilinear, over all pixels that an output pixel covers."""
+    import PIL.Image
+
+    if size is None or image.shape[-2:] == (size, size) or not image.size:
+        return image
+    colour = image.ndim == 3
+    picture = PIL.Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0) if colour else image))
+    pixels = np.asarray(picture.resize((size, size), PIL.Image.Resampling.BILINEAR))
+    return pixels.transpose(2, 0, 1) if colour else pixels
+
+
+def _stack(images: Iterable[np.ndarray], rows: Table, name: str, resize: int | None) -> Tensor:
+    """Images [H, W] or [3, H, W] of one size, or resized to one, as uint8 [n, C, H, W]; grey ones are widened once a colour one
+    appears."""
     out = np.empty((0, 1, 0, 0), dtype=np.uint8)
-    for i, image in enumerate(images):
+    for i, image in enumerate(_resized(image, resize) for image in images):
         channels, size = (1 if image.ndim == 2 else 3), image.shape[-2:]
         needed, free = len(rows) * channels * size[0] * size[1], available_memory()
         if (i == 0 or channels > out.shape[1]) and needed > free:
@@ -215,7 +238,7 @@ def _stack(images: Iterable[np.ndarray], rows: Table, name: str) -> Tensor:
         if size != out.shape[2:]:
             raise InputError(
                 f"column {name!r} holds images of mixed sizes, {_size(out.shape[2:])} in {rows.row(0)} and {_size(size)} in "
-                f"{rows.row(i)}; resize them to one size first"
+                f"{rows.row(i)}; {RESIZE}"
             )
         if channels > out.shape[1]:
             grey, out = out, np.empty((len(rows), 3, *size), dtype=np.uint8)

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..base.exceptions import InputError
 from ..base.seeds import check_seed
 from .choose import choose_inputs, choose_target, reject
-from .columns import Table, listed
+from .columns import CATEGORY, DATE, Table, listed
 from .dataset import Dataset
-from .images import channel_moments, load_images, match_channels
+from .images import RESIZE, channel_moments, check_size, load_images, match_channels
 from .preprocessing import IMAGE, TABLE, Preprocessing
 from .sources import folders_of, open_source
 from .splits import TEST_FRACTION, TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, refuse_fraction, subset
@@ -37,6 +37,7 @@ def load_dataset(
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
+    image_size: int | None = None,
     task: str = "auto",
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
@@ -57,7 +58,8 @@ def load_dataset(
             column; else a column called label, labels, target, targets, y or class; else the only one left to choose.
         features: table columns to use; by default all that can be used, the others being reported by
             `preprocessing.describe()`.
-        image: the image column, where there are several.
+        image: the image column, where there are several; or one of text, which is the images' paths.
+        image_size: images are stretched to that height and width (bilinear, antialiased), those of rows to predict as well.
         task: `classification`, `regression` or `auto`: class labels, words, booleans and integers with at most 100
             distinct values are classes, other numbers are regression.
         max_train_samples, max_test_samples: keep the first so many rows after a seeded shuffle, in their original order.
@@ -77,7 +79,7 @@ def load_dataset(
     train = _keep(train, subset(len(train), max_train_samples, seed, TRAIN_SUBSET))
     test = _keep(test, subset(len(test), max_test_samples, seed, TEST_SUBSET))
 
-    return encode(label, revision, every, train, test, notes, target, features, image, task, preprocessing)
+    return encode(label, revision, every, train, test, notes, target, features, image, task, preprocessing, image_size)
 
 
 def encode(
@@ -92,9 +94,11 @@ def encode(
     image: str | None,
     task: str,
     given: Preprocessing | None = None,
+    image_size: int | None = None,
 ) -> tuple[Dataset, Dataset]:
     """The two data sets of these rows, by a preprocessing fitted on `train`, classes taken from `every`; or by the `given` one,
     where what would be fitted differs from it in statistics only."""
+    check_size(image_size)
     targets = choose_target(every, target)
     for column in targets:
         test.require(column)
@@ -103,9 +107,14 @@ def encode(
     column, table, left_out = choose_inputs(every, targets, features, image)
     if column is not None:
         test.require(column)
-        preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out)
+        size = given.resized_to if given is not None and image_size is None else image_size
+        preprocessing, train_inputs, test_inputs = _images(train, test, column, fitted, notes + left_out, size)
+    elif image_size is not None:
+        raise InputError(f"image_size (--image-size) {image_size} has no effect: {label!r} is used as a table; leave it out")
     else:
-        preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, features is not None)
+        fitted_as = None if given is None else {column.name: column.kind for column in given.columns}
+        named = features is not None
+        preprocessing, train_inputs, test_inputs = _table(train, test, table, fitted, notes + left_out, named, fitted_as)
     if given is not None:
         given.require_like(preprocessing, label)
         preprocessing = given
@@ -153,29 +162,40 @@ def _keep(rows: Table, chosen: np.ndarray | None) -> Table:
     return rows.select(chosen if rows.picked is None else rows.picked[chosen])
 
 
-def _images(train: Table, test: Table, column: str, target: Target, notes: list[str]) -> tuple[Preprocessing, Tensor, Tensor]:
-    pixels = load_images(train, column)  # [n, C, H, W]
-    test_pixels = load_images(test, column)
+def _images(
+    train: Table, test: Table, column: str, target: Target, notes: list[str], size: int | None
+) -> tuple[Preprocessing, Tensor, Tensor]:
+    pixels = load_images(train, column, size)  # [n, C, H, W]
+    test_pixels = load_images(test, column, size)
     if pixels.shape[2:] != test_pixels.shape[2:]:
         (height, width), (test_height, test_width) = pixels.shape[2:], test_pixels.shape[2:]
         raise InputError(
             f"column {column!r} holds images of mixed sizes, {width}x{height} in {train.row(0)} and "
-            f"{test_width}x{test_height} in {test.row(0)}; resize them to one size first"
+            f"{test_width}x{test_height} in {test.row(0)}; {RESIZE}"
         )
     test_pixels = match_channels(test_pixels, pixels.shape[1], test.where)
     mean, std = channel_moments(pixels)
-    preprocessing = Preprocessing(IMAGE, tuple(pixels.shape[1:]), target, column, mean, std, notes=tuple(notes))
+    shape = tuple(pixels.shape[1:])
+    preprocessing = Preprocessing(IMAGE, shape, target, column, mean, std, notes=tuple(notes), resized=size is not None)
     return preprocessing, pixels.flatten(1), test_pixels.flatten(1)
 
 
 def _table(
-    train: Table, test: Table, kinds: dict[str, str], target: Target, notes: list[str], named: bool
+    train: Table,
+    test: Table,
+    kinds: dict[str, str],
+    target: Target,
+    notes: list[str],
+    named: bool,
+    fitted_as: dict[str, str] | None,
 ) -> tuple[Preprocessing, Tensor, Tensor]:
     columns: list[Column] = []
     left_out = {}
+    if fitted_as is not None:  # a run from before there were dates and hashed words left such columns out
+        kinds = {name: kind for name, kind in kinds.items() if name in fitted_as or kind not in (CATEGORY, DATE)}
     for name, kind in kinds.items():
         try:
-            columns.append(fit_column(train, name, kind))
+            columns.append(fit_column(train, name, kind, (fitted_as or {}).get(name, "")))
         except UnusableColumnError as error:
             left_out[name] = str(error)
     notes = notes + reject(left_out, named, train)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Variant, Whole, Word, check
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
-from .images import convert_images, load_images, match_channels
-from .tables import Column, encode_table
+from .columns import BOOLEAN, CATEGORY, DATE, HASHED, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
+from .dates import PARTS, WIDTH
+from .images import LARGEST_SIDE, convert_images, load_images, match_channels
+from .tables import MAX_CATEGORIES, Column, encode_table
 from .targets import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION, Target, encode_target
 from .tokens import TOKENIZER, Tokenizer
 
@@ -37,6 +38,7 @@ class Preprocessing:
     image: str = ""  # image: the column, and the statistics of its C channels, in units of 255
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    resized: bool = False  # image: whether images of any size are made those of `shape`
     columns: tuple[Column, ...] = ()  # table
     text: str = ""  # text: the column, if it comes from one
     tokenizer: Tokenizer | None = None  # text
@@ -49,6 +51,11 @@ class Preprocessing:
         return math.prod(self.shape)
 
     @property
+    def resized_to(self) -> int | None:
+        """The height and width that images are resized to, if they are."""
+        return self.shape[1] if self.resized else None
+
+    @property
     def target_names(self) -> tuple[str, ...]:
         """Names of the outputs: of the classes, or of the numbers predicted."""
         return self.target.names
@@ -57,8 +64,9 @@ class Preprocessing:
         """Raw rows as inputs [M, K]: uint8 pixels (channels first, flattened) or float32 columns; then see `normalise`.
 
         `rows` is a list of dicts, a dict of columns, a `pandas.DataFrame` or a `datasets.Dataset` with the columns of
-        training (others are ignored); numbers may be text. Images may also come as a list of paths, PIL images or arrays, or
-        as one array or tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to 255.
+        training (others are ignored); numbers and dates may be text. Images may also come as a list of paths, PIL images or
+        arrays, or as one array or tensor `[M, H, W]`, `[M, C, H, W]`, `[M, H, W, C]` or `[M, K]` of whole numbers from 0 to
+        255. Images of any size are resized where those of training were.
         Raises InputError: a column missing or of another kind; images of another size; infinity.
         """
         if self.kind == TENSORS:
@@ -72,11 +80,11 @@ class Preprocessing:
         where = "the rows given"
         if isinstance(rows, Table):  # of a stream, which may have no end
             where = rows.where
-            pixels = load_images(rows_from(rows, [self.image]), self.image, cached=False)
+            pixels = load_images(rows_from(rows, [self.image]), self.image, self.resized_to, cached=False)
         elif hasattr(rows, "with_format"):
-            pixels = load_images(rows_from(rows, [self.image]), self.image)
+            pixels = load_images(rows_from(rows, [self.image]), self.image, self.resized_to)
         else:
-            pixels = convert_images(self._image_values(rows), self.image)
+            pixels = convert_images(self._image_values(rows), self.image, self.resized_to)
         if not len(pixels):
             return pixels.new_empty(0, self.in_features)
         if tuple(pixels.shape[2:]) != self.shape[1:]:
@@ -120,11 +128,16 @@ class Preprocessing:
             channels, height, width = self.shape
             colour = "grey" if channels == 1 else "colour"
             statistics = f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
-            lines.append(f"images: {width}x{height} {colour}, column {self.image!r}, {statistics}")
+            how = "resized to " * self.resized
+            lines.append(f"images: {how}{width}x{height} {colour}, column {self.image!r}, {statistics}")
         elif self.kind == TABLE:
             lines.append(
                 f"features: {len(self.columns)} columns as {self.in_features} inputs: {listed(map(_column, self.columns))}"
             )
+            for kind in (DATE, HASHED):
+                if found := [column for column in self.columns if column.kind == kind]:
+                    what = f"dates, as {', '.join(PARTS)}" if kind == DATE else f"more than {MAX_CATEGORIES} words each, hashed"
+                    lines.append(f"{what}: {listed(f'{c.name} ({c.width} inputs)' for c in found)}")
         elif self.kind == TENSORS:
             lines.append(f"inputs: tensors of shape {list(self.shape)}")
         if self.kind == TEXT:
@@ -158,20 +171,25 @@ class Preprocessing:
             "the target": target.columns,
             "the kind of inputs": self.kind,
             "the image": self.image,
+            "whether images are resized": self.resized,
             "their shape": () if self.kind == TABLE else self.shape,
             "the classes": target.classes,
             "the number of outputs": target.outputs,
         }
         for column in self.columns:
-            own = column.categories or ((column.width,) if column.kind == VECTOR else ())
+            own = column.categories or ((column.width,) if column.kind in (VECTOR, HASHED) else ())
             form[f"column {column.name!r}"] = (column.kind, *own)
         return form
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, which `from_json` turns into an equal object."""
-        content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k not in ("_vectors", *_OF_TEXT)}}
+        content = {"format": FORMAT, **{k: v for k, v in vars(self).items() if k not in ("_vectors", "resized", *_OF_TEXT)}}
         content["target"] = asdict(self.target)
-        content["columns"] = [asdict(column) for column in self.columns]
+        content["columns"] = [
+            {k: v for k, v in asdict(column).items() if k != "buckets" or column.buckets} for column in self.columns
+        ]
+        if self.resized:
+            content["resized"] = True
         if self.kind == TEXT:
             content |= {"text": self.text, "tokenizer": self.tokenizer.to_json()}
         return {k: _as_lists(v) for k, v in content.items()}
@@ -200,9 +218,13 @@ class Preprocessing:
         if self.kind == IMAGE:
             _require(len(self.shape) == 3 and self.shape[0] in (1, 3), f"shape {list(self.shape)} is not [1 or 3, H, W]")
             _statistics(self.mean, self.std, (self.shape[0],), "image")
+            _require(not self.resized or self.shape[1] == self.shape[2] <= LARGEST_SIDE, "no size to resize to")
         if self.kind == TABLE:
             for column in self.columns:
-                wide = (1,) if column.kind in (NUMBER, BOOLEAN) else None
+                wide = {NUMBER: (1,), BOOLEAN: (1,), DATE: (WIDTH,), HASHED: (0,)}.get(column.kind)
+                hashed = column.kind == HASHED
+                _require((column.buckets > 0) == hashed, f"column {column.name!r}: buckets")
+                _require(not (hashed and column.categories), f"column {column.name!r}: categories")
                 if column.kind == CATEGORY:
                     wide = (1,) if len(column.categories) == 2 else (0,)
                 _statistics(column.mean, column.std, wide, f"column {column.name!r}")
@@ -289,14 +311,21 @@ _STATISTICS, _STRINGS = Many(FINITE), Many(STRING)
 _TARGET = Fields({"task": Word((CLASSIFICATION, REGRESSION, LANGUAGE_MODELING)), "columns": _STRINGS, "names": _STRINGS,
                   "classes": Many(Either((STRING, Whole(-(1 << 63), 1 << 63), FLAG))), "mean": _STATISTICS, "std": _STATISTICS,
                   "coded": FLAG})  # fmt: skip
-_COLUMN = Fields({"name": STRING, "kind": Word((NUMBER, BOOLEAN, VECTOR, CATEGORY)), "mean": _STATISTICS, "std": _STATISTICS,
-                  "categories": _STRINGS, "coded": FLAG})  # fmt: skip
+_KINDS = Word((NUMBER, BOOLEAN, VECTOR, DATE, CATEGORY, HASHED))
+_COLUMN = Fields({"name": STRING, "kind": _KINDS, "mean": _STATISTICS, "std": _STATISTICS, "categories": _STRINGS,
+                  "coded": FLAG}, {"buckets": Whole(1, 1 << 16)})  # fmt: skip
 _ALWAYS = {"format": Whole(FORMAT, FORMAT), "kind": Word((IMAGE, TABLE, TENSORS, TEXT)), "shape": Many(Whole(1), 1, 8),
            "target": _TARGET, "image": STRING, "mean": _STATISTICS, "std": _STATISTICS, "columns": Many(_COLUMN),
            "notes": _STRINGS}  # fmt: skip
 _OF_TEXT = {"text": STRING, "tokenizer": TOKENIZER}
 PREPROCESSING = Variant(
-    "kind", {kind: Fields({**_ALWAYS, **(_OF_TEXT if kind == TEXT else {})}) for kind in (IMAGE, TABLE, TENSORS, TEXT)}
+    "kind",
+    {
+        IMAGE: Fields(_ALWAYS, {"resized": FLAG}),
+        TABLE: Fields(_ALWAYS),
+        TENSORS: Fields(_ALWAYS),
+        TEXT: Fields({**_ALWAYS, **_OF_TEXT}),
+    },
 )
 
 

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,7 @@ from .json_rows import check_json
 BUNDLED = ("digits",)
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 HUB_TIMEOUT_SECONDS = 10.0
+WIDENED = 16  # times the bytes of a text file is what it may take as a table
 NOTE = "f3triton-content"  # in the library's cache: a hash of what was read
 
 
@@ -155,7 +157,16 @@ def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
     note = Path(builder.cache_dir) / NOTE
     same = not note.parent.exists() or (note.exists() and note.read_text() == digest.hexdigest())
     mode = "reuse_dataset_if_exists" if same else "reuse_cache_if_exists"
-    splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
+    try:
+        splits = dict(datasets.load_dataset(source, download_mode=mode, **options))
+    except datasets.exceptions.DatasetGenerationError:
+        # The first 10,000 rows of a text file have set the types of its columns: once more, by all rows.
+        size = sum(Path(name).stat().st_size for files in builder.config.data_files.values() for name in files)
+        if type(builder.config).__name__ == "CsvConfig" and "chunksize" not in options and WIDENED * size < available_memory():
+            with contextlib.suppress(datasets.exceptions.DatasetGenerationError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pandas, about columns of mixed types
+                return _load(source, streaming, **options, chunksize=1 << 40)
+        raise
     with contextlib.suppress(OSError):
         note.write_text(digest.hexdigest())
     return splits

@@ -243,6 +243,7 @@ def stream_dataset(
     target: str | Sequence[str] | None = None,
     features: str | Sequence[str] | None = None,
     image: str | None = None,
+    image_size: int | None = None,
     task: str = "auto",
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
@@ -299,7 +300,8 @@ def stream_dataset(
     if samples > len(first):
         notes = [*notes, f"statistics: of the first {len(first):,} training rows, of {samples:,}"]
     try:
-        fitted, test_set = encode(label, revision, first, first, test, notes, target, features, image, task, preprocessing)
+        used = target, features, image, task, preprocessing, image_size
+        fitted, test_set = encode(label, revision, first, first, test, notes, *used)
     except InputError as error:
         if "one class only" not in str(error):
             raise

@@ -1,7 +1,8 @@
-"""Columns of a table as inputs: numbers standardised by training statistics, words one-hot."""
+"""Columns of a table as inputs: numbers and dates standardised by training statistics, words one-hot or hashed."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import CATEGORY, Table, numbers, words
+from .columns import CATEGORY, DATE, HASHED, Table, numbers, words
+from .dates import are_dates, calendar, dates
 
-MAX_CATEGORIES = 1000  # a column of words with more distinct ones is taken for free text
+MAX_CATEGORIES = 1000  # a column of words with more distinct ones is hashed
+BUCKETS = 256  # into so many inputs
 
 
 class UnusableColumnError(ValueError):
@@ -24,32 +27,40 @@ class Column:
     """How one column becomes inputs.
 
     A number, a boolean (0/1) and each entry of a vector are standardised, `(x - mean) / std`; a missing one becomes the
-    training mean, that is 0. A category is one-hot, all zeros where missing or not seen in training; one of just two
-    categories is a single number, 0 or 1 in the order of `categories`, standardised like other numbers.
+    training mean, that is 0. A date is six numbers, standardised likewise: see `dates.calendar`. A category is one-hot, all
+    zeros where missing or not seen in training; one of just two categories is a single number, 0 or 1 in the order of
+    `categories`, standardised like other numbers. A hashed word is one-hot too, at its `bucket`, whatever the word.
     """
 
     name: str
-    kind: str  # number, boolean, vector, category
+    kind: str  # number, boolean, vector, date, category, hashed
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     categories: tuple[str, ...] = ()
     coded: bool = False  # categories from a ClassLabel: raw rows may hold their integer ids
+    buckets: int = 0  # of hashed words
 
     @property
     def width(self) -> int:
         """How many inputs the column gives."""
-        return len(self.mean) or len(self.categories)
+        return len(self.mean) or len(self.categories) or self.buckets
 
 
-def fit_column(rows: Table, name: str, kind: str) -> Column:
-    """Statistics or categories of a training column.
+def fit_column(rows: Table, name: str, kind: str, was: str = "") -> Column:
+    """Statistics or categories of a training column. Words that are dates become those, unless the column `was` fitted before
+    as another kind, and more than `MAX_CATEGORIES` of them are hashed.
 
     Raises `UnusableColumnError` (no values; free text) or InputError (infinity).
     """
     if kind == CATEGORY:
-        return _fit_category(rows, name)
-    mean, std = moments(_finite(numbers(rows, name), rows, name), rows, name)
+        return _fit_words(rows, name, was)
+    mean, std = moments(_values(rows, name, kind), rows, name)
     return Column(name, kind, mean, std)
+
+
+def _values(rows: Table, name: str, kind: str) -> np.ndarray:
+    """A column of numbers, or a date's numbers, float64 [n, width]; NaN where missing. InputError where one is infinite."""
+    return _finite(calendar(dates(rows, name)) if kind == DATE else numbers(rows, name), rows, name)
 
 
 def moments(values: np.ndarray, rows: Table, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -79,8 +90,8 @@ def encode_table(columns: tuple[Column, ...], rows: Table) -> tuple[Tensor, Coun
         rows.require(column.name)
         part = out[:, at : at + column.width]
         at += column.width
-        if column.kind == CATEGORY:
-            codes, missing[column.name], unseen[column.name] = _encode_category(column, rows)
+        if column.kind in (CATEGORY, HASHED):
+            codes, missing[column.name], unseen[column.name] = _encode_words(column, rows)
             if not column.mean:
                 known = np.flatnonzero(~np.isnan(codes))
                 part.fill(0)
@@ -88,12 +99,12 @@ def encode_table(columns: tuple[Column, ...], rows: Table) -> tuple[Tensor, Coun
                 continue
             values = codes[:, None]
         else:
-            values = _finite(numbers(rows, column.name), rows, column.name)  # [n, width]
+            values = _values(rows, column.name, column.kind)  # [n, width]
             if values.shape[1] != column.width and not np.isnan(values).all():
                 raise InputError(
                     f"column {column.name!r} of {rows.where} holds {values.shape[1]} values a row; training had {column.width}"
                 )
-            missing[column.name] = int(np.isnan(values).sum())
+            missing[column.name] = int(np.isnan(values).sum()) // (column.width if column.kind == DATE else 1)
         with np.errstate(over="ignore"):
             part[:] = standardise(values, column.mean, column.std)
         part[np.isnan(part)] = 0
@@ -106,17 +117,23 @@ def standardise(values: np.ndarray, mean: tuple[float, ...], std: tuple[float, .
     return (values - np.asarray(mean)) / np.asarray(std)
 
 
-def _fit_category(rows: Table, name: str) -> Column:
+def _fit_words(rows: Table, name: str, was: str) -> Column:
     import pyarrow.compute as pc
 
     column = words(rows, name)
     present = column.drop_null()
     if not len(present):
         raise UnusableColumnError("no values")
-    names = rows.class_names.get(name)
-    categories = tuple(names) if names else tuple(sorted(pc.unique(present).to_pylist()))
-    if len(categories) > MAX_CATEGORIES or (not names and len(categories) > 10 and 2 * len(categories) > len(present)):
+    names, distinct = rows.class_names.get(name), pc.unique(present)
+    if not names and was in ("", DATE) and are_dates(distinct):
+        return fit_column(rows, name, DATE)
+    categories = tuple(names) if names else tuple(sorted(distinct.to_pylist()))
+    if not names and len(categories) > 10 and 2 * len(categories) > len(present):
         raise UnusableColumnError(f"free text, {len(categories)} distinct values in {len(present)} rows")
+    if names and len(categories) > MAX_CATEGORIES:  # raw rows may hold ids, whose names would all have to be kept
+        raise UnusableColumnError(f"{len(categories)} classes")
+    if len(categories) > MAX_CATEGORIES:
+        return Column(name, HASHED, buckets=BUCKETS)
     fitted = Column(name, CATEGORY, categories=categories, coded=bool(names))
     if len(categories) != 2:
         return fitted
@@ -124,10 +141,10 @@ def _fit_category(rows: Table, name: str) -> Column:
     return Column(name, CATEGORY, mean, std, categories, bool(names))
 
 
-def _encode_category(column: Column, rows: Table) -> tuple[np.ndarray, int, int]:
-    """The place of each row's category [n] (NaN where there is none), missing, unseen."""
+def _encode_words(column: Column, rows: Table) -> tuple[np.ndarray, int, int]:
+    """The place of each row's category or hash [n] (NaN where there is none), missing, unseen."""
     text = words(rows, column.name, column.categories if column.coded else ())
-    codes = places_of(column.categories, text)  # [n]
+    codes = hashes_of(column.buckets, text) if column.kind == HASHED else places_of(column.categories, text)  # [n]
     missing = text.null_count
     return codes, missing, int(np.isnan(codes).sum()) - missing
 
@@ -139,6 +156,14 @@ def places_of(categories: tuple[str, ...], text: object) -> np.ndarray:
 
     found = pc.index_in(text, value_set=pa.array(categories, pa.string()), skip_nulls=True)
     return np.asarray(found.cast(pa.float64()).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def hashes_of(buckets: int, text: object) -> np.ndarray:
+    """The bucket of each word, [n] float64: BLAKE2b of its UTF-8, 8 bytes, little-endian, modulo `buckets`; NaN if missing."""
+    coded = text.dictionary_encode()
+    digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in coded.dictionary.to_pylist())
+    of = np.array([*(int.from_bytes(digest, "little") % buckets for digest in digests), np.nan])
+    return of[np.asarray(coded.indices.fill_null(len(of) - 1))]
 
 
 def _finite(values: np.ndarray, rows: Table, name: str) -> np.ndarray:

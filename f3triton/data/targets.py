@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.words import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION  # noqa: F401
-from .columns import BOOLEAN, CATEGORY, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
+from .columns import BOOLEAN, CATEGORY, DATE, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
 from .tables import UnusableColumnError, moments, places_of, standardise
 
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
@@ -49,7 +49,8 @@ def choose_task(rows: Table, columns: list[str], task: str) -> str:
         if kinds[name] == "pixels":  # a small matrix of integers is numbers here
             kinds[name] = VECTOR
         if kinds[name] not in (CATEGORY, BOOLEAN, NUMBER, VECTOR):
-            raise InputError(f"target column {name!r} cannot be predicted: {reason or 'it holds images'}")
+            what = "dates" if kinds[name] == DATE else "images"
+            raise InputError(f"target column {name!r} cannot be predicted: {reason or f'it holds {what}'}")
     if task == REGRESSION or (task == "auto" and len(columns) > 1):
         for name, kind in kinds.items():
             if kind == CATEGORY:

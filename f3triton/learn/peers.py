@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -34,6 +35,14 @@ class _Backward:
     def use_graph(self, batch: int, slots: int) -> bool:
         """See `Learner`."""
         return False
+
+    def use_launches(self, batch: int) -> int:
+        """See `Learner`."""
+        raise NotImplementedError
+
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
+        """See `Learner`."""
+        raise NotImplementedError
 
 
 class BackpropLearner(_Backward):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from ..network.sequential import Sequential
 from ..network.stage import Stage
 from ..network.updater import Replicas, Step, Updater
 from .cuda_graph import GraphedStep
+from .epoch import EpochLaunch
 from .local import Hearing, Local
 from .signal import Signal
 
@@ -31,6 +32,10 @@ class Output(NamedTuple):
     target: Tensor | None
     sample_losses: Tensor | None = None
     sample_hits: Tensor | None = None
+
+    def part(self, start: int, end: int | None = None) -> Output:
+        """That of some of the predictions."""
+        return Output(*(None if tensor is None else tensor[start:end] for tensor in self))
 
 
 Augment = Callable[[Tensor, int], Tensor]  # of a batch `[batch, ...]` at the visit of that number
@@ -50,6 +55,13 @@ class Learner(Protocol):
     def use_graph(self, batch: int, slots: int) -> bool:
         """Run visits of `batch` samples as CUDA graphs from now on, results being kept for `slots` visits; False where they
         cannot be."""
+
+    def use_launches(self, batch: int) -> int:
+        """Get ready for `visits`, where `epoch.refusal` has nothing against it; returns how many they may be."""
+
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
+        """Learn from several batches, of `batch` samples each, by their learning rates: what `visit` does, in one launch, with
+        the outputs in the order of the visits. No row may occur twice."""
 
     def state(self) -> dict[str, Tensor]:
         """What the update rule keeps between steps, by name: the very tensors that it works on."""
@@ -100,6 +112,7 @@ class F3Learner:
         self.scale, self.store, self.seed, self.local = scale, store, seed, local
         self.dtype, self.device = working_dtype(model), updater.step.device
         self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit
+        self.launch: EpochLaunch | None = None
 
     def visit(self, visit: Visit, lr: float) -> Output:
         """See `Learner`: what is read and written around `learn`."""
@@ -209,6 +222,20 @@ class F3Learner:
                 teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
             }
         return bool(self.graphs)
+
+    def use_launches(self, batch: int) -> int:
+        """See `Learner`."""
+        self.launch = EpochLaunch(self.model, self.updater, self.signal, self.loss, self.scale, batch)
+        return self.launch.steps
+
+    def visits(self, visits: Sequence[Visit], rates: Sequence[float]) -> Output:
+        """See `Learner`."""
+        index = torch.cat([visit.index for visit in visits])
+        whole = visits[0]._replace(index=index, row=index)
+        x, target, row, _ = self.given(whole)
+        error, figures = self.launch(x, row, target, rates)
+        self.signal.after(whole, self.signal.kept(error, target) if self.signal.delayed else None, target, self.store)
+        return Output(None, None, *figures)
 
     def state(self) -> dict[str, Tensor]:
         """See `Learner`."""

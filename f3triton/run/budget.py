@@ -154,6 +154,20 @@ def with_local(
     return replace(budget, flops=flops, memory=memory)
 
 
+def with_rest(budget: Budget, most: int) -> Budget:
+    """The budget with the `rest`: of the `most` bytes that a run holds beside data and errors, those that have no other name.
+    Such are the batch and its targets, outputs that wait for their loss, an evaluation, and what operations need on the way.
+
+    Where activations go before all gradients are there, only those that are alive with them count.
+    """
+    memory = dict(budget.memory)
+    left = most - sum(memory[name] for name in ("weights", "moments", "feedback"))
+    for name in ("activations", "gradients"):
+        memory[name] = min(memory[name], left)
+        left -= memory[name]
+    return replace(budget, memory=memory | {"rest": left})
+
+
 def describe(budget: Budget) -> list[str]:
     """The budget as lines for people."""
     lines = [*budget.stages, f"parameters {budget.parameters:,}", f"FLOPs a step {budget.flops:,}", "memory"]

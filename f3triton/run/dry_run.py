@@ -13,7 +13,8 @@ from ..models.build import build
 from ..network.sequential import Sequential
 from ..visits.streams import check_stream
 from ..visits.windows import steps_per_epoch
-from .budget import Budget, describe, estimate, with_local
+from .budget import Budget, describe, estimate, with_local, with_rest
+from .rehearsal import rehearse
 from .report import store_line
 from .settings import Settings
 from .trainer import add_readings, error_codec
@@ -29,7 +30,7 @@ def dry_run(
     if isinstance(data[0], StreamDataset):
         check_stream(data[0], settings.windows)
     error_bytes, line = _errors(options, settings, data[0])
-    budget = budget_of(settings, network, data, error_bytes)
+    budget = budget_of(settings, network, data, error_bytes, rehearsed=True)
     steps = options.epochs * steps_per_epoch(len(data[0]), settings.batch_size, settings.windows)
     visits = f"steps {steps:,}, of {settings.batch_size} sample visits each, in {options.epochs:,} epochs"
     return [*describe(budget), line, visits]
@@ -52,15 +53,26 @@ def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset)
     return 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)
 
 
-def budget_of(settings: Settings, network: dict[str, object], data: tuple[Dataset, Dataset], error_bytes: int = 0) -> Budget:
-    """The budget by arithmetic; of the network only the shapes are made."""
-    train_set = data[0]
+def budget_of(
+    settings: Settings,
+    network: dict[str, object],
+    data: tuple[Dataset, Dataset],
+    error_bytes: int = 0,
+    rehearsed: bool = False,
+) -> Budget:
+    """The budget by arithmetic, and if it is to be `rehearsed` with the rest of a run; of the network only the shapes are
+    made."""
+    train_set, test_set = data
     batch = torch.zeros(min(settings.batch_size, len(train_set)), dtype=torch.int64, device=train_set.device)
     x = train_set.fetch(batch, torch.float32).to("meta")  # the first sample again and again
     with torch.device("meta"):
         shapes = build(network)
     kept = error_bytes, sum(part.nbytes for part in data)
-    return budget_by(settings, shapes, x, train_set.outputs, train_set.positions, *kept)
+    budget = budget_by(settings, shapes, x, train_set.outputs, train_set.positions, *kept)
+    if not rehearsed:
+        return budget
+    steps = steps_per_epoch(len(train_set), settings.batch_size, settings.windows)
+    return with_rest(budget, rehearse(settings, shapes, x, train_set.outputs, train_set.positions, steps, len(test_set)))
 
 
 def budget_by(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,10 +12,11 @@ from ..base.exceptions import InputError
 from ..data.columns import one_line
 from .checkpoint import BEST
 from .console import shown
-from .folder import read_json
+from .folder import json_text, read_json
 
 FILES = ("config.json", "metrics.jsonl", "model.safetensors", BEST, "summary.json")  # that go there, beside a README.md
 PREFIX = "hf:"
+PATHS = ("dataset", "text", "tokenizer", "init_from", "error_store", "output_dir")  # options that may be
 
 
 def check_name(name: str | None) -> None:
@@ -39,13 +42,15 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     check_name(name)
-    card = model_card(name, read_json(folder, "config.json"), read_json(folder, "summary.json"))
+    config, summary = (without_folders(read_json(folder, file)) for file in ("config.json", "summary.json"))
     try:
         with tempfile.TemporaryDirectory() as place:  # so that nothing else goes up
             for file in FILES:
                 if (folder / file).exists():
                     shutil.copyfile(folder / file, Path(place) / file)
-            (Path(place) / "README.md").write_text(card, encoding="utf-8")
+            told = {"config.json": json_text(config, 2), "summary.json": json_text(summary, 2)}
+            for file, text in {**told, "README.md": model_card(name, config, summary)}.items():
+                (Path(place) / file).write_text(text, encoding="utf-8")
             HfApi().create_repo(name, exist_ok=True)
             HfApi().upload_folder(repo_id=name, folder_path=place, commit_message="A run of f3triton")
     except Exception as error:  # the library raises those of what it is built on
@@ -53,6 +58,26 @@ def push(folder: Path, name: str) -> str:
             f"cannot put the model on the hub as {name!r} ({one_line(error, 200)}); it is kept in {folder}"
         ) from None
     return f"on the hub as {name}: f3.load({PREFIX + name!r})"
+
+
+def without_folders(content: dict) -> dict:
+    """The content of a run's `config.json` or `summary.json`, in which local files and folders have their last name only."""
+    content = dict(content)
+    if "options" in content:
+        content["options"] = {k: last_name(v) if k in PATHS and v else v for k, v in content["options"].items()}
+    if "command" in content:
+        words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in shlex.split(content["command"])]
+        content["command"] = shlex.join(f"{option}{equals}{last_name(value)}" for option, equals, value in words)
+    if store := content.get("error_store"):
+        content["error_store"] = {**store, "home": last_name(store["home"])}
+    return content
+
+
+def last_name(text: str) -> str:
+    """The last part of a path that is one here: absolute, from a folder that is named by dots or `~`, or to what exists."""
+    path = Path(os.path.expanduser(text))
+    local = path.is_absolute() or text.startswith(("~", "./", "../")) or (len(path.parts) > 1 and os.path.exists(path))
+    return (path.name or ".") if local else text
 
 
 def fetch(name: str) -> Path:

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from ..error_store import make_codec
 from ..network.block import Block
 from ..network.sequential import Sequential
+from .budget import with_rest
 from .dry_run import budget_by
+from .rehearsal import rehearse
 from .settings import Settings
 
 
 def memory(model: nn.Module, example: Tensor, method: str = "f3", samples: int = 0, **settings: object) -> dict[str, int]:
-    """Bytes by purpose (`weights`, `moments`, `gradients`, `feedback`, `errors`, `activations`) of training `model`.
+    """Bytes by purpose of training `model`: `weights`, `moments`, `gradients`, `feedback`, `errors`, `activations`, and the
+    `rest` of a step.
 
     `example [M, ...]` is a batch, of which only shape and type count; `samples` are those that have an error row at a time.
     `settings` are those of `Trainer`. A module that is no `Sequential` counts as one stage. Nothing is allocated, nor is the
-    model changed; the table is that of `train.py --dry-run`, less the data. Raises InputError for settings that do not fit.
+    model changed; the table is that of `train.py --dry-run`, less the data and evaluations. Raises InputError for settings that
+    do not fit.
     """
     own = Settings(method=method, **settings)
     x = example.to("meta")
@@ -36,4 +40,5 @@ def memory(model: nn.Module, example: Tensor, method: str = "f3", samples: int =
         codec = make_codec(own.error_dtype, own.error_rank or outputs, own.types.working, classes, 0)
         errors = samples * positions * codec.row_bytes
     budget = budget_by(own, network, x, outputs, positions, errors)
+    budget = with_rest(budget, rehearse(own, network, x, outputs, positions, max(1, samples // len(x))))
     return {name: count for name, count in budget.memory.items() if name != "data"}

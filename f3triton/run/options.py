@@ -120,6 +120,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--target", metavar="COLUMN", help="column to predict (several, with commas, in regression); default: by type and name")
     add("--features", nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
     add("--image", metavar="COLUMN", help="column of images; default: by type")
+    add("--image-size", type=int, metavar="N", help="resize all images to N x N pixels; default: they have one size")
     add(
         "--task",
         choices=TASKS,
@@ -327,13 +328,23 @@ def given(arguments: list[str]) -> set[str]:
     return {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
 
 
+def given_in_file(arguments: list[str]) -> set[str]:
+    """The options that a `--config` file says, in the same form; of a run's, which says all, those that are not the default."""
+    file = make_parser().parse_args(arguments).config
+    if file is None:
+        return set()
+    path, plain = Path(file).expanduser(), vars(make_parser().parse_args([]))
+    said = {name: value for name, value in read_options(path).items() if path.suffix != ".json" or value != plain[name]}
+    return {f"--{name.replace('_', '-')}" for name, value in said.items() if value not in (None, False)}
+
+
 def make_settings(options: argparse.Namespace) -> Settings:
     """The settings of the training. Raises InputError where they do not fit one another."""
     return Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
 
 
 def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> None:
-    """An option that the method or the data does not use is an error, not a silent nothing."""
+    """An option that the method or the data does not use, of those `typed`, is an error, not a silent nothing."""
     from ..learn.signal import resolve_signal
 
     signal = resolve_signal(options.method, options.signal)
@@ -363,7 +374,7 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
     if options.text is not None:
         if options.task not in ("auto", LANGUAGE_MODELING):
             raise InputError(f"--text is for the task {LANGUAGE_MODELING!r}, got --task {options.task}")
-        _refuse(options, ("target", "features", "image", "streaming"), "with --text; leave it out")
+        _refuse(options, ("target", "features", "image", "image_size", "streaming"), "with --text; leave it out")
     else:
         if options.task == LANGUAGE_MODELING:
             raise InputError(f"task {LANGUAGE_MODELING!r} needs a text: --text FILE, or --text COLUMN with --dataset")

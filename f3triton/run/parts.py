@@ -31,7 +31,7 @@ def load_data(options: argparse.Namespace, preprocessing: Preprocessing | None =
     names = ["train_split", "test_split", "test_fraction", "max_train_samples", "max_test_samples", "revision"]
     if options.text is not None:
         return load_text(options.text, options.dataset, **_said(options, preprocessing, *names, "tokenizer", "context"))
-    names += ["target", "features", "image", "task", "seed"]
+    names += ["target", "features", "image", "image_size", "task", "seed"]
     source = options.dataset
     if options.recipe is not None:
         source = open_data(read_recipe(split_name(options.recipe)[0]), source, options.streaming)

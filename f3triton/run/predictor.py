@@ -24,9 +24,9 @@ class Predictor(nn.Module):
 
     Raw inputs are what the data set holds before any preparation: a tensor of images `[N, ...]` with values 0..255, a
     tensor of a table's columns `[N, columns]` if all are numbers, or rows (a list of dicts, a dict of columns, a data
-    frame, a `datasets` data set; numbers may be text, as `csv.DictReader` gives them, and images paths of files). `forward`
-    gives probabilities `[N, classes]`, in the order of `classes`, or values `[N, targets]` in the targets' own units;
-    `predict` gives class names or numbers.
+    frame, a `datasets` data set; numbers and dates may be text, as `csv.DictReader` gives them, and images paths of
+    files). `forward` gives probabilities `[N, classes]`, in the order of `classes`, or values `[N, targets]` in the targets'
+    own units; `predict` gives class names or numbers.
 
     Probabilities sum to one. After training by `bce` they are the sigmoids divided by their sum: each estimates its class's
     probability by itself, so that of a well trained model the sum is about one already (a softmax would sharpen them). Where

@@ -185,6 +185,9 @@ class Settings:
         "implementation of the layers; auto: triton on a GPU where its kernels pass their check, else torch"))
     cuda_graph: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
         "run a step as one CUDA graph, where all stages are Linear"))
+    epoch_launch: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
+        "run hundreds of steps of a small network of Linear stages in one launch of a Triton kernel, where what teaches them "
+        "is known before; auto: on a GPU where that passes its check"))
     precision: str = field(default="float32", metadata=about("run", choices=PRECISIONS, help=
         "precision of the matrix products; weights are float32, but for float64 and bfloat16-weights"))
     pipeline: int | str = field(default="off", metadata=about("run", parse=count_or_word, metavar="N", free=True, help=

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,22 +57,30 @@ class Tally:
 
     def _begin(self) -> None:
         self.waiting: list[Output] = []
+        self.waits = 0  # batches that these are of
         self.elements = 0
         self.losses: list[Tensor] = []  # of finished batches: sums over samples, [batches] each
         self.correct: list[Tensor] = []
         self.sizes: list[int] = []  # of batches not looked at yet
         self.samples, self.total, self.hits, self.batches = 0, 0.0, 0, 0  # of those looked at; `batches` counts all
 
-    def add(self, output: Output, step: int) -> None:
-        """One batch's output; `step` counts from 1. Raises Diverged, see `look`."""
-        self.waiting.append(output)
-        self.sizes.append(len(output.sample_losses if output.a is None else output.a))
-        self.batches += 1
-        self.elements += self.sizes[-1] * self.outputs
-        if self.elements >= KEPT_OUTPUTS:
-            self._finish()
-        if len(self.sizes) == CHECK_EVERY:
-            self.look(step)
+    def add(self, output: Output, step: int, batches: int = 1) -> None:
+        """The output of one batch, or of several of one size, the last of them that of `step`, counted from 1. Raises Diverged,
+        see `look`."""
+        rows = (output.sample_losses if output.a is None else output.a).size(0) // batches
+        while batches:
+            room = min(CHECK_EVERY - len(self.sizes), math.ceil((KEPT_OUTPUTS - self.elements) / (rows * self.outputs)))
+            now, batches = min(room, batches), max(0, batches - room)
+            self.waiting.append(output if not batches else output.part(0, now * rows))
+            output = output if not batches else output.part(now * rows)
+            self.sizes += [rows] * now
+            self.waits += now
+            self.batches += now
+            self.elements += now * rows * self.outputs
+            if self.elements >= KEPT_OUTPUTS:
+                self._finish()
+            if len(self.sizes) == CHECK_EVERY:
+                self.look(step - batches)
 
     def _finish(self) -> None:
         if not self.waiting:
@@ -80,14 +89,17 @@ class Tally:
         a, target, losses, right = self._together()
         if a is not None:
             losses, right = losses_by_sample(a, target, self.loss), hits(a, target)  # [samples]
-        # sums of slices, and no scattered additions, whose order is anybody's on a GPU
-        self.losses.append(torch.stack([part.sum() for part in losses.double().split(sizes)]))
+        # sums of slices, and no scattered additions, whose order is anybody's on a GPU; of those alike all at once
+        alike = next((place for place, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+        first, others = losses.double().tensor_split([alike * sizes[0]])
+        sums = [part.sum(0, keepdim=True) for part in others.split(sizes[alike:])]
+        self.losses.append(torch.cat([first.view(alike, -1).sum(1), *sums]))
         self.correct.append(right.sum())
         self.waiting.clear()
-        self.elements = 0
+        self.elements = self.waits = 0
 
     def _waiting_sizes(self) -> list[int]:
-        return self.sizes[len(self.sizes) - len(self.waiting) :]
+        return self.sizes[len(self.sizes) - self.waits :]
 
     def _together(self) -> Output:
         """The outputs that wait, as one."""
@@ -146,6 +158,7 @@ class Tally:
             parts = ([None] * len(numbers["waiting"]) if name not in tensors
                      else tensors[name].to(self.device).split(numbers["waiting"]) for name in Output._fields)  # fmt: skip
             self.waiting = [Output(*each) for each in zip(*parts, strict=True)]
+            self.waits = len(waiting)
         self.elements = sum(numbers["waiting"]) * self.outputs
         if "losses" in tensors:
             self.losses, self.correct = [tensors["losses"].to(self.device)], list(tensors["correct"].to(self.device))

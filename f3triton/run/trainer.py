@@ -27,6 +27,7 @@ from ..error_store import Codec, ErrorStore, Rows, is_folder, make_codec, make_s
 from ..error_store.codecs import ByPosition
 from ..kernels.rules import Rule
 from ..kernels.times import Work
+from ..learn.epoch import refusal
 from ..learn.local import Local
 from ..learn.loss import error_sizes, losses_by_sample
 from ..learn.narrow import Narrow
@@ -44,6 +45,7 @@ from ..visits.sampled import SampledOrder
 from ..visits.streams import StreamOrder, StreamWindows, check_stream
 from ..visits.windows import WindowOrder, check_epochs, steps_per_epoch
 from .checkpoint import Checkpoints, Snapshot
+from .gathered import Gathered
 from .identity import settings_of
 from .lock import FolderLock
 from .records import Record, test_record, train_record
@@ -71,6 +73,7 @@ class Plan:
     steps_per_epoch: int
     lr_at: Callable[[int], float]  # by steps, counted from 1
     split: list[int] | None = None  # how many stages each worker of a pipeline has
+    launched: bool = False  # whether many steps are one launch
 
 
 @takes_settings
@@ -158,12 +161,13 @@ class Trainer:
             flow, order, keeper, tally = self._begin(plan, settings, batches, checkpoints, resume, cleanup)
             steps, behind = result.steps, tally.batches  # of an epoch that was begun before
 
-            def done(index: Tensor, output: Output) -> None:
-                result.steps += 1
-                tally.add(output, result.steps)
+            def done(index: Tensor, output: Output, batches: int = 1) -> None:
+                result.steps += batches
+                tally.add(output, result.steps, batches)
                 order.note(index, partial(sizes_of, output, plan))
                 if on_step is not None:
-                    on_step(len(index))
+                    for _ in range(batches):
+                        on_step(index.size(0))
 
             try:
                 for epoch in range(result.epochs, epochs):
@@ -214,6 +218,8 @@ class Trainer:
             raise InputError("batches of your own and windows cannot go together; leave one out")
         if self.settings.sampling != "uniform" and batches is not None:
             raise InputError("batches of your own and sampling 'error' cannot go together; leave one out")
+        if self.settings.epoch_launch == "on" and batches is not None:
+            raise InputError("batches of your own and epoch launch 'on' cannot go together; leave one out")
         self.model.train()
         stream = None
         if isinstance(train, StreamDataset):
@@ -224,7 +230,8 @@ class Trainer:
         if store is not None:
             cleanup.callback(store.close)
         self.learner = self.learner_of(plan, 0, data, store)
-        if self.cuda_graph != "off" and self.seat.workers == 1:
+        launched = plan.launched and batches is None
+        if self.cuda_graph != "off" and self.seat.workers == 1 and not launched:
             graphed = self.learner.use_graph(self.batch_size, slots(self.batch_size, train.outputs))
             if self.cuda_graph == "on" and not graphed:
                 raise InputError(
@@ -232,6 +239,8 @@ class Trainer:
                     "'bp'; use 'auto'"
                 )
         flow, others, leave = lead(self, plan)
+        if launched:
+            flow = Gathered(self.learner, self.model, self.batch_size)
         on_host = flow.elsewhere or (store is not None and store.reads_ahead)
         where = torch.device("cpu") if on_host else train.device  # are the sample indices
         order = self.order_of(plan, where, batches)
@@ -290,7 +299,7 @@ class Trainer:
         store, numbers = self.learner.store, itertools.count(steps)
         plans = store is not None and store.reads_ahead and self.seat.workers == 1
         for part in order.parts(epoch, skip, flow.drain):
-            visits = (visit._replace(number=number) for visit, number in zip(part, numbers, strict=False))
+            visits = (Visit(*visit[:-1], number) for visit, number in zip(part, numbers, strict=False))
             yield from planned(visits, store.plan, plan.train.device) if plans else visits
 
     def check(
@@ -348,8 +357,31 @@ class Trainer:
             add_readings(self.model, self.settings, train.outputs, train.positions)
             check_narrow(self.model, self.settings, loss, train.outputs, train.positions)
         plan = Plan(train, test, epochs, eval_every, loss, signal, self.store_for(train), augment, epoch_steps, lr_at)
-        self._plan = replace(plan, split=arrange(self, plan))
+        launched = self.launch_fault(plan) is None
+        if launched:
+            self.choice = replace(self.choice, why=f"{self.choice.why}; hundreds of steps in one launch")
+        self._plan = replace(plan, split=arrange(self, plan), launched=launched)
         return self._plan
+
+    def launch_fault(self, plan: Plan) -> str | None:
+        """Why an epoch's steps are not done in few launches; None where they are. Raises InputError where they were to be."""
+        own, device = self.settings, self.device
+        if own.epoch_launch == "off" or (own.epoch_launch == "auto" and (device.type != "cuda" or self.cuda_graph != "auto")):
+            return "it was not asked for"
+        alone = self.seat.workers == 1 and self.replicas is None
+        if self.choice.backend != "triton" or own.precision != "float32" or own.moments != "float32":
+            why = "backend triton and precision and moments float32 are needed"
+        elif own.clip_norm is not None:
+            why = "a limited norm has to be known before an update"
+        elif not alone or self.windows is not None or own.sampling != "uniform" or plan.augment is not None:
+            why = "every sample must be visited once an epoch, as it is, by one worker"
+        elif plan.train.device != device or (plan.errors is not None and is_folder(plan.errors[0])):
+            why = "samples must be on the device, and errors in memory"
+        else:
+            why = refusal(self.model, plan.signal, plan.loss, self.rule, self.batch_size, device)
+        if why is not None and own.epoch_launch == "on":
+            raise InputError(f"epoch launch 'on' cannot be: {why}; use 'auto'")
+        return why
 
     def store_for(self, train: Dataset) -> tuple[str, int, Codec] | None:
         """(home, samples, codec) of the error store that `fit` will make; None where the method needs none."""

@@ -127,8 +127,10 @@ def _roomy(device: torch.device) -> bool:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; in the interpreter tiles are chosen as for an A100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+    """How many programs run side by side at least; in the interpreter so few that small operands have every tile."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 if device.type == "cpu" else 108  # tensors without memory: as an A100
 
 
 def _in_rows(name: str, tensor: Tensor) -> Tensor:
@@ -301,7 +303,7 @@ def _launch_update(
     constants = _constants(update, weight_state, weight, weight if bias is None else bias)
     more = 0 if keep_gradient else update.rule.moments + constants["STOCHASTIC"]
     half, room = x.dtype != torch.float32, (_roomy(x.device), _multiprocessors(x.device))
-    tile = tiles.update_tile(rows, outputs, inputs, half, more, *room)
+    tile = tiles.update_tile(rows, outputs, inputs, half, more, *room, bool(weight_state.scales))
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias

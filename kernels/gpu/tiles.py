@@ -36,8 +36,8 @@ FORWARD = {
     "roomy, curved": Tile((128, 64, 64), 8, 4),
 }
 CURVED = ("gelu", "gelu-tanh", "silu")
-# (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers, and with it weight, moments, and the
-# bits of stochastic rounding of a slice of its columns
+# (outputs, inputs, rows of x): the gradient tile is outputs x inputs and stays in registers, and with it weight, moments, and
+# the bits of stochastic rounding of a slice of its columns
 UPDATE = {
     "small": Tile((32, 32, 32), 4, 3),
     "medium": Tile((64, 64, 32), 8, 4),
@@ -45,6 +45,7 @@ UPDATE = {
     "roomy": Tile((128, 256, 64), 8, 3, 8),
     "roomy, more": Tile((128, 128, 64), 8, 4, 4),
     "roomy, middle": Tile((64, 128, 64), 4, 4, 4),
+    "roomy, int8": Tile((64, 64, 64), 8, 4),
     # few rows, or a small weight: weight and moments are, and many small programs keep more of them on their way
     "streaming": Tile((64, 64, 32), 4, 3, 2),
     "streaming, more": Tile((32, 64, 64), 4, 4, 2),
@@ -58,6 +59,26 @@ HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 32), 4
 HEAD_HALF = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 8, 2), 64: Tile((16, 32), 8, 2), 128: Tile((16, 16), 8, 2)}
 HEAD_CLASSES = max(HEAD)  # of a head in one launch: all are in registers
 OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
+
+
+@dataclass(frozen=True)
+class NetworkTile:
+    """Of many steps in one launch: rows of a weight that are one block, inputs at a time in a product, and in an update; how
+    many turns of the products' loops are one, and are on their way at once; how many of the updates' are one.
+
+    `outputs * inputs` must be less than the threads: a larger load of the weight would have a layout of its own."""
+
+    outputs: int = 4
+    inputs: int = 32
+    taught: int = 1024
+    unroll: int = 2
+    stages: int = 1
+    unroll_rows: int = 5
+    warps: int = 8
+
+
+NETWORK_ROWS = 64  # of a batch: a program holds all
+NETWORK_CLASSES = 64  # outputs of the network: a program of the last layer holds all for a softmax
 
 
 def _programs(tile: Tile, *sizes: int) -> int:
@@ -82,20 +103,29 @@ def forward_tile(
 
 
 def update_tile(
-    rows: int, outputs: int, inputs: int, half: bool = False, more: int = 2, roomy: bool = False, multiprocessors: int = 1
+    rows: int,
+    outputs: int,
+    inputs: int,
+    half: bool = False,
+    more: int = 2,
+    roomy: bool = False,
+    multiprocessors: int = 1,
+    int8: bool = False,
 ) -> Tile:
     """For a weight `[outputs, inputs]` and `rows` of `x`; `half`, `roomy`, `multiprocessors` as in `forward_tile`.
 
-    `more` counts the rule's moments, and one for stochastic rounding. A weight that is short one way gets small tiles only
-    where larger ones would be half empty, or too few for the device.
+    `more` counts the rule's moments, and one for stochastic rounding; `int8`: moments are. A weight that is short one way gets
+    small tiles only where larger ones would be half empty, or too few for the device.
     """
     if min(outputs, inputs) <= 256:
         enough = min(outputs, inputs) > 32 and _programs(UPDATE["medium"], outputs, inputs) >= multiprocessors
         return UPDATE["medium" if enough else "small"]
     if not (half and roomy):
         return UPDATE["medium"]
+    if rows > STREAMING_ROWS and int8:
+        return UPDATE["roomy, int8"]
     if rows > STREAMING_ROWS:
-        for name in ("roomy" if more < 2 else "roomy, more", "roomy, middle"):
+        for name in ("roomy" if more < 1 else "roomy, more", "roomy, middle"):
             if 2 * _programs(UPDATE[name], outputs, inputs) >= multiprocessors:
                 return UPDATE[name]
     return UPDATE["streaming" if more < 2 else "streaming, more"]

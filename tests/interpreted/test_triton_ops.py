@@ -203,6 +203,24 @@ def test_backward_update_uses_the_old_weight() -> None:
     close("bias", b32, bias - 0.5 * delta.sum(0))
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_an_update_goes_over_slices_of_its_tile(slices: int, moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = ops.tiles.Tile((32, 32 * slices, 32), 4, 3, slices)
+    monkeypatch.setattr(ops.tiles, "update_tile", lambda *about: tile)
+    generator = torch.Generator().manual_seed(0)
+    delta, x, weight = (torch.randn(*shape, generator=generator) for shape in ((20, 50), (20, 300), (50, 300)))
+    found = []
+    for path, device in ((ops, DEVICE), (reference, "cpu")):
+        w, b = weight.clone().to(device), torch.zeros(50, device=device)
+        states = new_state(w, Adam(), moments=moments), new_state(b, Adam(), 1)
+        path_update = getattr(path, "outer_product_update_", None) or eager.outer_product_update_
+        path_update(w, b, delta.to(device), x.to(device), *states, Update(Adam(), 0.1, 1, seed=3))
+        found.append([w, b, *states[0].moments, *states[0].scales])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.cpu().float(), wanted.float(), rtol=1e-5, atol=1e-5 if got.is_floating_point() else 1)
+
+
 def test_half_precision_products_with_float32_weights() -> None:
     x, weight, bias, error, feedback = case(20, 40, 24, 10)
     for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 3e-2)):

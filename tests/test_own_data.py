@@ -1,0 +1,145 @@
+"""What people bring: a table with dates, a folder of photographs, and rows to predict as they come out of a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_train_script import fails, run
+
+import f3triton as f3
+
+SMALL = ["--hidden", "8", "--epochs", "2"]
+
+
+def write_sales(path: Path, rows: int = 300) -> Path:
+    """Sold is more on weekends, and more each day."""
+    days = np.datetime64("2023-11-01") + np.arange(rows)
+    lines = [
+        f"{day},{['north', 'south'][i % 2]},{i / 50 + 3 * (day.item().weekday() > 4):.2f}" if i % 29 else f",,{i / 50:.2f}"
+        for i, day in enumerate(days)
+    ]
+    path.write_text("day,shop,sold\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def write_photos(folder: Path, count: int = 12) -> Path:
+    """Light and dark ones, no two of the same size, some of them grey."""
+    draw = np.random.default_rng(0)
+    for i in range(2 * count):
+        label = ("dark", "light")[i % 2]
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        shape = (9 + i, 40 - i, 3)[: 2 if i % 5 == 0 else 3]
+        pixels = draw.integers(0, 128, shape, dtype=np.uint8) + 127 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{i}.{'png' if i % 3 else 'jpg'}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data and the runs on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("own")
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", place / "cache")
+        patch.setenv("F3TRITON_CACHE", str(place / "images"))
+        yield place
+
+
+@pytest.fixture(scope="module")
+def sales(place: Path) -> Path:
+    data = write_sales(place / "sales.csv")
+    assert (
+        run(
+            "--dataset",
+            data,
+            "--target",
+            "sold",
+            "--output-dir",
+            place / "sales",
+            "--hidden",
+            "64",
+            "--epochs",
+            "40",
+            "--quiet",
+        )
+        == 0
+    )
+    return place / "sales"
+
+
+@pytest.fixture(scope="module")
+def photos(place: Path) -> Path:
+    data = write_photos(place / "photos")
+    assert run("--dataset", data, "--image-size", "8", "--output-dir", place / "light", *SMALL, "--epochs", "30") == 0
+    return place / "light"
+
+
+def test_a_table_with_dates(sales: Path, place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert json.loads((sales / "config.json").read_text())["network"]["sizes"][0] == 7
+    assert json.loads((sales / "summary.json").read_text())["test_mse"] < 0.4  # of the standardised target: 1 would be its mean
+    assert run("--dataset", place / "sales.csv", "--target", "sold", "--dry-run", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert "features: 2 columns as 7 inputs: day (date), shop (north, south)" in out
+    assert "dates, as year, month (sin, cos), weekday (sin, cos), elapsed days: day (6 inputs)" in out
+    assert run("--evaluate", sales) == 0
+    assert "exactly as stored" in capsys.readouterr().out
+
+
+def test_its_rows_as_strings(sales: Path, place: Path) -> None:
+    with open(place / "sales.csv", newline="") as file:
+        rows = list(csv.DictReader(file))[:40]
+    model = f3.load(sales)
+    found = model.predict(rows)
+    new = place / "new.csv"
+    new.write_text("shop,day\n" + "".join(f"{row['shop']},{row['day']}\n" for row in rows))
+    assert run("--predict", sales, new, "--output-dir", place / "there", "--quiet") == 0
+    with open(place / "there" / "new-predictions.csv", newline="") as file:
+        assert [float(row["prediction"]) for row in csv.DictReader(file)] == pytest.approx(found, rel=1e-5)
+    later, earlier = model.predict([{"day": day, "shop": "north"} for day in ("2024-03-09", "2023-11-04")])
+    assert later > earlier
+
+
+def test_a_date_that_is_none(sales: Path, place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "wrong.csv").write_text("day,shop\n2024-01-01,north\n2024-02-30,south\n")
+    error = fails(capsys, "--predict", sales, place / "wrong.csv", "--output-dir", place / "there")
+    assert "column 'day' holds '2024-02-30' in row 1 of 'wrong.csv', where a date is needed" in error
+    assert not (place / "there" / "wrong-predictions.csv").exists()
+    (place / "empty.csv").write_text("day,shop\n,\n,\n")
+    assert run("--predict", sales, place / "empty.csv", "--output-dir", place / "there", "--quiet") == 0
+
+
+def test_a_folder_of_photographs(photos: Path, place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert json.loads((photos / "summary.json").read_text())["test_error"] == 0
+    assert run("--evaluate", photos) == 0
+    assert "exactly as stored" in capsys.readouterr().out
+    assert run("--dataset", place / "photos", "--image-size", "8", "--dry-run") == 0
+    assert "images: resized to 8x8 colour" in capsys.readouterr().out
+    assert "--image-size" in fails(capsys, "--dataset", place / "photos", *SMALL)
+
+
+def test_its_files_are_predicted(photos: Path, place: Path) -> None:
+    files = [place / "photos" / "light" / "1.png", place / "photos" / "dark" / "0.jpg"]
+    assert f3.load(photos).predict([str(file) for file in files]) == ["light", "dark"]
+    (place / "files.csv").write_text("image\nphotos/light/1.png\nphotos/dark/0.jpg\n")
+    for source, wanted in ((files[0], ["light"]), (place / "files.csv", ["light", "dark"])):
+        assert run("--predict", photos, source, "--output-dir", place / "there", "--overwrite", "--quiet") == 0
+        with open(place / "there" / f"{source.stem}-predictions.csv", newline="") as file:
+            assert [row["prediction"] for row in csv.DictReader(file)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dataset digits --image-size 0", "image_size (--image-size) is 0; allowed: a whole number from 1 to 4096"),
+        ("--dataset digits --image-size big", "argument --image-size: invalid int value: 'big'"),
+        ("--dataset {}/sales.csv --target sold --image-size 8", "image_size (--image-size) 8 has no effect"),
+        ("--text {}/sales.csv --image-size 8", "--image-size has no effect with --text"),
+        ("--predict {}/light {}/new.csv --image-size 8", "--predict goes with"),
+    ],
+)
+def test_sizes_that_are_refused(options: str, message: str, place: Path, photos: Path, sales: Path, capsys) -> None:
+    assert message in fails(capsys, *options.replace("{}", str(place)).split())
