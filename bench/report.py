@@ -191,6 +191,34 @@ def methods_table() -> str:
     return f"{table(header, lines)}\n\nFrom left to right: {'; '.join(map(source, files))}"
 
 
+def gpu_step_table() -> str:
+    """Steps a second on a GPU, with what F3 in its fastest form is to the others."""
+    content = read_result("step-gpu.json")
+    lines = [[one["x"], one["method"], f"{one['median']:,.0f}", f"{one['f3_is_faster']:.2f}"] for one in content["rows"]]
+    header = ["network", "", "steps/s", "f3triton f3 in one launch is this many times as fast"]
+    return f"{table(header, lines)}\n\n{source('step-gpu.json')}; {content['settings']['note']}"
+
+
+def gpu_kernels_table() -> str:
+    """Microseconds of each operation: by the tile that the tables choose, by torch, compiled, and of a product alone."""
+    from .tiles import RULES, chosen, named
+
+    theirs = {(row["part"], row["x"], row["method"]): row["median"] for row in read_result("kernels-gpu.json")["rows"]}
+    found = {(row["part"], row["method"]): row for row in read_result("tiles-gpu.json")["rows"]}
+    lines = []
+    for part in dict.fromkeys(part for part, _ in found):
+        operation, rule, size = part.split(", ")
+        rows, inputs, outputs = (int(word) for word in size.replace("->", "x").split(" x "))
+        tile = named(chosen(operation, RULES[rule], (rows, inputs, outputs)))
+        ours = found[part, tile]
+        place = f"{'forward with error signal' if operation == 'forward' else operation}, {rule}", size
+        peers = [theirs.get((*place, name)) for name in ("torch", "torch.compile", "GEMM alone")]
+        times = ["" if t is None else f"{t:.0f}" for t in peers]
+        lines.append([operation, rule, size, f"{ours['median']:.0f}", f"{ours['share_of_bound']:.2f}", *times, tile])
+    header = ["", "rule", "rows x inputs -> outputs", "f3triton, us", "share of bound", "torch", "torch.compile", "GEMM alone"]
+    return f"{table([*header, 'tile'], lines)}\n\n{source('tiles-gpu.json')}; the others: {source('kernels-gpu.json')}"
+
+
 def pipeline_table() -> str:
     """Steps a second, the idle part and memory of a worker, at each batch size; and the machine's load."""
     name = "pipeline.json"
@@ -220,6 +248,8 @@ TABLES = {
     "rates": rates_table,
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,
+    "step-gpu": gpu_step_table,
+    "kernels-gpu": gpu_kernels_table,
     "error-codecs": codecs_table,
     "error-store": store_table,
     "gpt": gpt_table,
