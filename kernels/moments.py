@@ -9,7 +9,7 @@ the largest magnitude of the block, kept in float32,
 so `q` is a square root: of Adam's v what it divides by. Levels lie close near zero, where m over sqrt(v) needs them: levels one
 apart would let a small v lose its m's last bits, or vanish under an m that did not. An entry of v above zero keeps at least
 level 1 for that reason. A value between two levels becomes the upper one with the probability that makes the mean right, for a
-decay of 0.1 % moves no level by itself; bfloat16 is rounded as `rounding.round_stochastic`. The bits are those of the weight's
+decay of 0.1 % moves no level by itself; bfloat16 is rounded as `rounding.cut_to_bfloat16`. The bits are those of the weight's
 own hash: its lower half is the weight's, its upper half the first moment's, and a further mix of it gives the second's.
 
 Moments of a vector (biases, scales of norms) stay float32: their scales would weigh as much as they save. Anchors: 8-bit

@@ -68,8 +68,3 @@ def cut_to_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """
     rounded = (values.contiguous().view(torch.int32) + bits).bitwise_and_(-1 << 16).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
-
-
-def round_stochastic(values: Tensor, seed: int, step: int | Tensor, first: int = 0) -> Tensor:
-    """`values` (float32) as bfloat16 by `cut_to_bfloat16`; their elements are numbered from `first` in memory order."""
-    return cut_to_bfloat16(values, bits_of(values, seed, step, first) & 0xFFFF)

@@ -152,7 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(choices: dict, home: str, tmp_pa
 
 def test_checkpoints_by_epoch_and_how_many_are_kept(tmp_path: Path) -> None:
     trainer = make()
-    trainer.fit(problem(), 5, problem(), checkpoints=Checkpoints(tmp_path, 2, epochs=True, keep=3))
+    trainer.fit(problem(), 5, problem(), checkpoints=Checkpoints(tmp_path, 2, "epochs", keep=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000016", "step-000000000032"]
     other = make()
     other.fit(problem(), 5, problem(), resume=newest(tmp_path, print))
@@ -354,8 +354,10 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line(tmp_path: Path, monkeypat
 
 
 def test_words_for_how_often() -> None:
-    assert parse_every("500") == parse_every("500 steps") == (500, False)
-    assert parse_every("2e") == parse_every("2 epochs") == (2, True)
+    assert parse_every("500") == parse_every("500 steps") == (500, "steps")
+    assert parse_every("2e") == parse_every("2 epochs") == (2, "epochs")
+    assert parse_every("10min") == parse_every("10 minutes") == (10, "minutes")
+    assert parse_every("never") is None
     for text in ("0", "-3", "often", "", "2.5", "1e3"):
         with pytest.raises(f3.InputError, match="is not understood"):
             parse_every(text)
@@ -430,7 +432,7 @@ def test_other_data_are_noticed_to_the_last_row(tmp_path: Path) -> None:
         if snapshot is not None and not content:  # as it was written once
             del snapshot.state["settings"]["data"]["content"]
         trainer = f3.Trainer(f3.models.MLP([4, 5, 3], seed=1), device="cpu", lr_schedule="constant")
-        trainer.fit(data, epochs, checkpoints=Checkpoints(tmp_path, 1, epochs=True), resume=snapshot)
+        trainer.fit(data, epochs, checkpoints=Checkpoints(tmp_path, 1, "epochs"), resume=snapshot)
 
     fit((x, y), 1)
     other = x.clone()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ import f3triton as f3
 from f3triton.base import faults
 from f3triton.error_store.disk.file import STORE_LABELS, FileStore
 from f3triton.error_store.disk.format import Generation, check_file, rows_file
+from f3triton.run import start
 from f3triton.run.checkpoint import CHECKPOINT_LABELS, Checkpoints, newest
 from f3triton.run.state import Keeper
 
@@ -108,6 +111,13 @@ def run_script(folder: Path, *arguments: str) -> None:
     (folder / "digests.json").write_text(json.dumps(found, sort_keys=True))
 
 
+def run_by_minutes(folder: Path) -> None:
+    """The same with a clock on which each step takes four minutes; time decides nothing else."""
+    minutes = itertools.count(0, 4)
+    start.Checkpoints = partial(Checkpoints, clock=lambda: 60.0 * next(minutes))
+    run_script(folder, "--checkpoint-every", "10min", "--keep", "9")
+
+
 def child(folder: Path, hook: Hook, after: float | None, work: Callable[..., None] = train, **choices: object) -> bool:
     """Run a child; kill it in `hook`, or after so many seconds. Says whether it was killed; any other end is an error."""
     pid = os.fork()
@@ -162,6 +172,13 @@ def resumed(folder: Path, plan: list[tuple[Hook, float | None]], **choices: obje
     kills = sum(child(folder, hook, after, **choices) for hook, after in plan)
     assert not child(folder, None, None, **choices)
     return digests(folder), kills
+
+
+def test_a_run_that_is_killed_after_a_checkpoint_by_minutes(tmp_path: Path) -> None:
+    wanted = whole(tmp_path / "whole", work=run_script)
+    found, kills = resumed(tmp_path / "cut", [(at("checkpoint:complete", 1), None)] * 2, work=run_by_minutes)
+    assert kills == 2
+    assert found == wanted
 
 
 def test_every_labelled_moment_exists(tmp_path: Path) -> None:

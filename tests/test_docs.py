@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -108,6 +109,8 @@ def test_python_runs(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """The pieces of a page one after another, in one namespace; a GPU's operations are those of torch here."""
     for name in ("wandb", "mlflow"):  # not needed but here
         monkeypatch.setitem(sys.modules, name, MagicMock())
+    if importlib.util.find_spec("onnxscript") is None:
+        monkeypatch.setattr("torch.onnx.export", MagicMock())  # tests/test_natural_calls.py
     names: dict[str, object] = {"f3": f3, "torch": torch}
     for found, block in blocks("python"):
         if found == page:

@@ -132,6 +132,28 @@ def test_networks_are_saved_by_torch_and_exported(make: Callable[[], nn.Module],
     assert torch.allclose(torch.export.export(network, (x,)).module()(x), network(x), atol=1e-6)
 
 
+@pytest.mark.parametrize(("make", "x"), NETWORKS, ids=["mlp", "convnet", "vit", "gpt", "block"])
+def test_networks_run_elsewhere_by_onnx(make: Callable[[], nn.Module], x: torch.Tensor, tmp_path: Path) -> None:
+    """For any number of rows."""
+    pytest.importorskip("onnxscript", reason="needs pip install onnx onnxscript")
+    network = make().eval()
+    rows = torch.export.Dim.DYNAMIC
+    torch.onnx.export(network, (x,), tmp_path / "network.onnx", dynamo=True, dynamic_shapes=({0: rows},), verbose=False)
+    more = torch.cat([x, x.flip(0), x[:1]])
+    try:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+        name = session.get_inputs()[0].name
+    except ImportError:
+        from onnx.reference import ReferenceEvaluator
+
+        session = ReferenceEvaluator(str(tmp_path / "network.onnx"))
+        name = session.input_names[0]
+    found = torch.from_numpy(session.run(None, {name: more.numpy()})[0])
+    assert torch.allclose(found, network(more), atol=1e-5)
+
+
 def test_a_trained_network_is_pickled_and_goes_on() -> None:
     network = f3.models.MLP([6, 8, 3], seed=1)
     f3.Trainer(network, device="cpu").fit((X, Y), 1)

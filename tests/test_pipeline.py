@@ -46,6 +46,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 CHOICES: dict[str, dict[str, object]] = {
     "mlp": {},
+    "limited": {"clip_norm": 0.01},
     "loss": {"signal": "delayed-loss", "loss": "cross-entropy", "hidden_scale": "mean", "optimizer": f3.AdamW(lr=0.01)},
     "momentum": {"optimizer": f3.SGD(lr=0.05, momentum=0.9)},
     "drtp": {"method": "drtp"},
@@ -342,7 +343,7 @@ def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, mon
 
 @forks
 def test_two_pipelines_by_factors_have_the_bits_of_one_worker(tmp_path: Path) -> None:
-    names = ["mlp", "windows, skip", "bfloat16 weights", "local"]
+    names = ["mlp", "windows, skip", "bfloat16 weights", "local", "limited"]
     one = {name: train(tmp_path / f"{name}, one", "off", batch_size=16, **CHOICES[name]) for name in names}
     for name in names:
         (tmp_path / name).mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 
 import f3triton as f3
+from f3triton.run.checkpoint import Checkpoints
 from f3triton.run.options import from_json, make_parser, make_settings, parse, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -502,9 +505,21 @@ def test_resume_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "has no checkpoint to go on from" in fails(capsys, "--resume", digits_without(whole, tmp_path))
     assert "--resume auto needs --output-dir" in fails(capsys, "--resume", "auto")
     assert "is not understood" in fails(capsys, "--checkpoint-every", "often", "--output-dir", tmp_path / "x")
-    assert "--keep has no effect" in fails(capsys, "--keep", "3", "--output-dir", tmp_path / "x")
+    never = ["--checkpoint-every", "never"]
+    assert "--keep has no effect" in fails(capsys, *never, "--keep", "3", "--output-dir", tmp_path / "x")
     assert "cannot go together" in fails(capsys, *common, "--output-dir", other, "--resume", "auto", "--overwrite")
     assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+
+def test_checkpoints_come_every_ten_minutes_unless_they_are_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minutes = itertools.count(0, 3)  # at each look at the clock
+    monkeypatch.setattr("f3triton.run.start.Checkpoints", partial(Checkpoints, clock=lambda: 60.0 * next(minutes)))
+    common = [*FAST, "--quiet", "--epochs", "1", "--max-train-samples", "500"]
+    assert run(*common, "--output-dir", tmp_path / "default") == 0
+    steps = sorted(int(path.name[5:]) for path in (tmp_path / "default" / "checkpoints").iterdir())
+    assert steps == [5, 9]
+    assert run(*common, "--checkpoint-every", "never", "--output-dir", tmp_path / "never") == 0
+    assert not (tmp_path / "never" / "checkpoints").exists()
 
 
 def test_resuming_removes_no_store_of_another_run(

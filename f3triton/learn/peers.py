@@ -15,6 +15,7 @@ from ..base.precision import autocast, working_dtype
 from ..base.seeds import derived_seed, drawing
 from ..error_store.store import ErrorStore
 from ..kernels import eager
+from ..network.clip import clip_
 from ..network.linear import Linear
 from ..network.sequential import Sequential
 from ..network.updater import Arithmetic, Replicas, Updater, torch_optimizer
@@ -52,6 +53,7 @@ class BackpropLearner(_Backward):
         self.model, self.data, self.loss, self.compute_dtype = model, data, loss, how.compute_dtype
         self.dtype, self.device = next(model.parameters()).dtype, how.device
         self.optimizer = torch_optimizer(how.rule, [p for p in model.parameters() if p.requires_grad])
+        self.clip_norm, self.layers = how.clip_norm, _layers(model) * (how.clip_norm is not None)
         self.seed, self.steps = how.seed, 0
         self.draws = any(stage.draws for stage in model.stages)
 
@@ -72,6 +74,8 @@ class BackpropLearner(_Backward):
                 a = self.run(self.replicas.own(x) if split else x)  # [M, C], or [batch, tokens, C]
             a = a.flatten(0, -2).to(self.dtype)
             mean_loss(a, self.replicas.own(target) if split else target, self.loss).backward()
+        for layer in self.layers:  # none where nothing is limited
+            clip_([p.grad for p in layer if p.grad is not None], self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Output(self.replicas.gather(a) if split else a.detach(), target)
@@ -89,6 +93,17 @@ class BackpropLearner(_Backward):
     def resumed(self, steps: int) -> None:
         """See `Learner`."""
         self.steps = steps
+
+
+def _layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters whose gradients have one norm: a linear layer's weight and bias together, any other alone."""
+    found: list[list[nn.Parameter]] = []
+    seen: set[nn.Parameter] = set()
+    for part in model.modules():
+        own = [p for p in part.parameters(recurse=False) if p.requires_grad and p not in seen]
+        found += [own] if isinstance(part, Linear | nn.Linear) else [[p] for p in own]
+        seen.update(own)
+    return found
 
 
 def _make_torch_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:

@@ -23,6 +23,7 @@ from ..base.words import OPTIMIZERS
 from ..kernels.eager import FUSED_DEVICES
 from ..kernels.generated import GeneratedFeedback
 from ..kernels.rules import SGD, Adam, AdamW, Rule, State, Update, new_state
+from .clip import Clipped
 
 RULES = dict(zip(OPTIMIZERS, (SGD, Adam, AdamW), strict=True))
 
@@ -188,7 +189,8 @@ class Step:
 class Arithmetic:
     """How updates are computed: the rule, the operations (a backend) and their device, the type of products (None: the
     parameters' own), the seed of the bits by which bfloat16 parameters and narrow moments
-    are rounded, and the type of the moments, one of `kernels.moments.MOMENTS`."""
+    are rounded, the type of the moments, one of `kernels.moments.MOMENTS`, and what the norm of each layer's gradient is
+    limited to (None: it is not; see `clip`)."""
 
     rule: Rule
     ops: ModuleType
@@ -196,6 +198,7 @@ class Arithmetic:
     compute_dtype: torch.dtype | None = None
     seed: int = 0
     moments: str = "float32"
+    clip_norm: float | None = None
 
 
 class Updater:
@@ -207,7 +210,8 @@ class Updater:
     """
 
     def __init__(self, model: nn.Module, how: Arithmetic, taught: Iterable[nn.Parameter] | None = None) -> None:
-        self.rule, self.ops, self.compute_dtype = how.rule, how.ops, how.compute_dtype
+        self.rule, self.compute_dtype = how.rule, how.compute_dtype
+        self.ops = how.ops if how.clip_norm is None else Clipped(how.ops, how.clip_norm)
         self.seed = derived_seed(how.seed, "rounding") & 0x7FFFFFFF
         self.shadows = how.compute_dtype is not None and how.ops.READS_SHADOWS
         self.step, self.number = torch.zeros((), dtype=torch.int64, device=how.device), 0

@@ -51,17 +51,18 @@ def estimate(
     error_bytes: int = 0,
     data_bytes: int = 0,
     moments: str = "float32",
+    clipped: bool = False,
 ) -> Budget:
     """The budget of a network on the meta device for batches like `x [M, ...]`, on it as well, by `signal` (None:
     backpropagation). Errors have `rank` entries where that is given, else one for each of the C outputs; `error_bytes` and
     `data_bytes` are those of the error store and of the data set in memory, `moments` the type of
-    the rule's moments. Raises InputError for a rank that C does not have.
+    the rule's moments, `clipped` says whether norms are limited. Raises InputError for a rank that C does not have.
 
     Of a Linear stage with K inputs and N outputs, at M rows: forward 2MKN; weight gradient 2MKN; feedback 2MCN in F3; input
     gradient 2MKN in backpropagation, but for the first stage. Of any other, what torch counts. Activations are the stage's
     input and output, what its own gradients need in between, and the signal at the output: of the stage that needs most in F3,
     of all stages in backpropagation and DFA. Gradients: of everything in backpropagation, else of the largest parameter, or of
-    as many rows of it as a fused update takes at a time.
+    as many rows of it as a fused update takes at a time; where norms are limited all of its rows, which may be formed for it.
     """
     from torch.utils.flop_counter import FlopCounterMode  # half a second
 
@@ -99,6 +100,7 @@ def estimate(
     every = [p for p in network.parameters() if p.requires_grad]
     taught = every if teaches else [p for p in network[-1].parameters() if p.requires_grad]
     scratch = SCRATCH if moments == "float32" else NARROW_SCRATCH
+    scratch = max((p.numel() for p in taught), default=0) if clipped else scratch
     gradients = sum(p.numel() for p in every) if signal is None else max(_gradients(network, taught, scratch), default=0)
     parameters = sum(p.numel() for p in network.parameters())
     working, product = types.working.itemsize, (types.products or types.working).itemsize

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..base.choices import check_word
 from ..base.exceptions import InputError
 from ..base.faults import fault
 from ..base.files import LARGEST_JSON, check_tensors, parse_object, read_bytes, read_object
@@ -47,6 +49,7 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 BEST = "best.safetensors"  # the best model so far, where the run keeps one
 NAME = re.compile(r"step-(\d{12})")
 CHUNK = 1 << 22
+UNITS = ("steps", "epochs", "minutes")
 
 _FILE = Fields({"bytes": Whole(), "sha256": STRING})
 _MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE}, {BEST: _FILE})})
@@ -92,40 +95,54 @@ class Snapshot:
 
 @dataclass
 class Checkpoints:
-    """Where checkpoints go, and when: after every `every` steps, or with `epochs` after every `every` epochs; the last `keep`
-    of them are kept. `on_write` is called after each. The file `best`, where there is one, is kept with them.
+    """Where checkpoints go, and when: after every `every` steps, epochs or minutes, by the `unit`; the last `keep` of them are
+    kept. `on_write` is called after each. The file `best`, where there is one, is kept with them. Time, by `clock` in seconds,
+    decides only when they are written, and nothing that is in the run.
 
-    Raises InputError for numbers below 1.
+    Raises InputError for numbers below 1, and for unknown units.
     """
 
     folder: Path
     every: int
-    epochs: bool = False
+    unit: str = "steps"
     keep: int = 2
     on_write: Callable[[], None] = lambda: None
     best: Path | None = None
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).expanduser()
         for name, value in (("checkpoint every", self.every), ("keep", self.keep)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.unit = check_word("unit", self.unit, UNITS)
+        self._began: float | None = None  # the minutes that are under way
 
     def due(self, steps: int) -> bool:
-        """Whether there is one after so many steps."""
-        return not self.epochs and steps % self.every == 0
+        """Whether there is one after so many steps, at this moment."""
+        if self.unit == "minutes":
+            now = self.clock()
+            self._began = now if self._began is None else self._began
+            due = now - self._began >= 60 * self.every
+            self._began = now if due else self._began
+            return due
+        return self.unit == "steps" and steps % self.every == 0
 
     def due_after_epoch(self, epochs: int) -> bool:
         """Whether there is one after so many epochs."""
-        return self.epochs and epochs % self.every == 0
+        return self.unit == "epochs" and epochs % self.every == 0
 
 
-def parse_every(text: str) -> tuple[int, bool]:
-    """`500` is every 500 steps, `2e` (or `2epochs`) every 2 epochs. Raises InputError for anything else."""
-    found = re.fullmatch(r"(\d{1,12})\s*(steps?|e|epochs?)?", text.strip())
+def parse_every(text: str) -> tuple[int, str] | None:
+    """`500` is every 500 steps, `2e` (or `2epochs`) every 2 epochs, `10min` every 10 minutes, `never` None. Raises InputError
+    for anything else."""
+    if text.strip() == "never":
+        return None
+    found = re.fullmatch(r"(\d{1,12})\s*(steps?|e|epochs?|min|minutes?)?", text.strip())
     if found is None or int(found[1]) < 1:
-        raise InputError(f"checkpoint every {text!r} is not understood; allowed: a number of steps (500) or of epochs (2e)")
-    return int(found[1]), (found[2] or "s").startswith("e")
+        allowed = "a number of steps (500), of epochs (2e) or of minutes (10min), never"
+        raise InputError(f"checkpoint every {text!r} is not understood; allowed: {allowed}")
+    return int(found[1]), next(unit for unit in UNITS if unit.startswith((found[2] or "s")[0]))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

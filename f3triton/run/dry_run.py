@@ -87,7 +87,8 @@ def budget_by(
             network.prepare(x[:1], outputs, None, positions)
             add_readings(network, settings, outputs, positions)
     kept = error_bytes, data_bytes
-    budget = estimate(network, x, settings.rule, signal, settings.types, settings.error_rank, *kept, settings.moments)
+    update = settings.moments, settings.clip_norm is not None
+    budget = estimate(network, x, settings.rule, signal, settings.types, settings.error_rank, *kept, *update)
     if not local:
         return budget
     return with_local(budget, network, x, settings.reach, settings.local_positions, settings.local_candidates)

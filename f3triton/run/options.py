@@ -43,7 +43,7 @@ from .settings import Settings, count_or_word, number_or_word
 TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 # Options of one call, which a run's configuration and a file of options do not have.
 HERE = {"resume", "overwrite", "evaluate", "sample", "predict", "exit", "config", "push_to_hub"}
-KEEP = 2  # checkpoints
+EVERY, KEEP = "10min", 2  # checkpoints
 WORKERS = ("pipeline", "pipeline_split", "data_parallel", "data_parallel_by")
 
 
@@ -225,7 +225,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="write over a run in the output folder, as soon as the new one has something to show, and over its error store",
     )
     add("--config", metavar="FILE", help="options from a TOML file (docs/runs.md), or a run's config.json; others override it")
-    add("--checkpoint-every", metavar="N", help="save the whole run every N steps, or every N epochs (2e); default: never")
+    often = f"save the whole run every N steps, N epochs (2e) or N minutes (10min), or never; default: {EVERY}"
+    add("--checkpoint-every", metavar="N", help=often)
     add("--keep", type=int, default=KEEP, metavar="K", help="number of checkpoints that are kept")
     add("--resume", metavar="WHERE", help="go on with a run: its folder; or auto: that of --output-dir, if it has begun")
     add(
@@ -366,8 +367,8 @@ def refuse_what_has_no_effect(options: argparse.Namespace, typed: set[str]) -> N
         _refuse(options, ("which",), "without --evaluate, --sample or --init-from; leave it out")
     if options.resume is not None and "--init-from" in typed:
         raise InputError("--init-from and --resume cannot go together: a run that goes on has weights; leave one out")
-    if options.checkpoint_every is None and options.keep != KEEP:
-        raise InputError("--keep has no effect without --checkpoint-every; leave it out")
+    if options.checkpoint_every == "never" and options.keep != KEEP:
+        raise InputError("--keep has no effect with --checkpoint-every never; leave it out")
     if not options.streaming:
         _refuse(options, ("shuffle_buffer", "statistics_rows"), "without --streaming; leave it out")
     if options.text is not None:

@@ -96,12 +96,14 @@ def rehearse(
         if signal is not None and signal.local:
             narrow = Narrow(settings.local_positions, settings.local_candidates, settings.seed)
             local = Local(loss, network, settings.reach, narrow)
-        how = Arithmetic(settings.rule, _operations(), CPU, types.products, settings.seed, settings.moments)
+        update = settings.moments, settings.clip_norm
+        how = Arithmetic(settings.rule, _operations(), CPU, types.products, settings.seed, *update)
         learner = make_learner(settings.method, network, data, loss, how, signal, settings.hidden_scale, store, local)
         visit = Visit(*[torch.empty(len(x), dtype=torch.int64)] * 2)
         learner.visit(visit, 1e-3)  # after which moments and buffers are kept
         tally = Tally(loss, outputs, CPU)
         tally.sizes = [rows] * max(1, min(steps, -(-KEPT_OUTPUTS // (rows * outputs)), CHECK_EVERY))
+        tally.waits = len(tally.sizes)
         for _ in tally.sizes[1:]:
             tally.waiting.append(Output(*(torch.empty(rows, outputs, dtype=dtype) for _ in range(2))))
         alive.most = alive.bytes

@@ -146,6 +146,8 @@ class Settings:
     moments: str = field(default="float32", metadata=about("training", choices=MOMENTS, within="moments", help=
         "type of what the update rule keeps of each weight: float32, bfloat16, or int8 with a scale for each 32 of a row; "
         "biases and other vectors keep float32"))
+    clip_norm: float | None = field(default=None, metadata=about("training", parse=float, metavar="X", within="clip", help=
+        "limit the norm of each layer's gradient to X, before the update rule; default: no limit"))
     lr_schedule: str = field(default="cosine", metadata=about("training", choices=SCHEDULES, help=
         "course of the learning rate after the warmup"))
     warmup_steps: int = field(default=0, metadata=about("training", metavar="N", help=
@@ -216,6 +218,9 @@ class Settings:
                 raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {value!r}")
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
             raise InputError(f"patience must be a whole number of at least 1, got {self.patience!r}")
+        limit = self.clip_norm
+        if limit is not None and not (isinstance(limit, int | float) and 0 < limit < math.inf):
+            raise InputError(f"clip norm must be a finite number above 0, got {limit!r}")
         check_seed(self.seed)
         scale = self.hidden_scale
         if scale != "mean" and not (isinstance(scale, int | float) and math.isfinite(scale)):
@@ -287,6 +292,10 @@ class Settings:
                 raise InputError(f"data parallel is for the methods f3, drtp, local, last-layer and bp, got {self.method!r}")
             if self.batch_size % self.data_parallel:
                 raise InputError(f"batch size {self.batch_size} cannot be divided among {self.data_parallel} replicas")
+            if self.clip_norm is not None and self.method != "bp" and self.data_parallel_by != "factors":
+                raise InputError(
+                    f"clip norm {self.clip_norm!r} with data parallel needs whole errors; use data parallel by 'factors'"
+                )
             if is_folder(self.error_store):
                 raise InputError(f"error store {str(self.error_store)!r} cannot be written by several replicas; use memory")
         if self.cuda_graph == "on" and (workers != "off" or self.data_parallel > 1):
@@ -376,6 +385,8 @@ class Settings:
             resolved["local"] = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["within"] == "local"}
         if self.moments != "float32":
             resolved["moments"] = self.moments
+        if self.clip_norm is not None:
+            resolved["clip_norm"] = self.clip_norm
         if self.augment != "none":
             resolved["augment"] = self.augment
         if self.sampling != "uniform":

@@ -20,7 +20,7 @@ from .checkpoint import BEST, Checkpoints, Snapshot, newest, parse_every
 from .folder import CHECKPOINTS, FORMAT, RunFolder, read_json
 from .identity import settings_of
 from .lock import FolderLock
-from .options import from_json, to_json, whole_path
+from .options import EVERY, from_json, to_json, whole_path
 from .state import require_same
 from .summary import versions
 from .trainer import Trainer
@@ -64,7 +64,7 @@ class Start:
         self.overwrite = options.overwrite or self.begun is not None
         if options.output_dir and self.snapshot is None:
             RunFolder.check(options.output_dir, self.overwrite)
-        every = None if options.checkpoint_every is None else parse_every(options.checkpoint_every)
+        every = parse_every(options.checkpoint_every or EVERY)
         self.checkpoints = None if every is None else Checkpoints(Path(CHECKPOINTS), *every, keep=options.keep)
 
     def open(self, trainer: Trainer, train_set: Dataset) -> RunFolder:

@@ -22,7 +22,7 @@ from ..distributed.replicas import DataParallel
 from ..distributed.ring import Alone
 from ..error_store import ErrorStore
 from ..learn.step import Learner
-from ..visits.sampled import SampledOrder
+from ..visits.order import Order
 from ..visits.streams import StreamWindows
 from . import checkpoint
 from .checkpoint import STATE_HOLDS, Checkpoints, Snapshot, differences
@@ -111,10 +111,10 @@ class Stream:
 
 
 class Sampling:
-    """The sizes of errors by which samples are drawn."""
+    """What an order keeps of the visits that were made: the sizes of errors by which samples are drawn."""
 
-    def __init__(self, order: SampledOrder) -> None:
-        self.tensors = {"sizes": order.sizes, "drawn_by": order.drawn_by}
+    def __init__(self, order: Order) -> None:
+        self.tensors = order.tensors
 
     def state(self) -> State:
         return self.tensors, {}

@@ -164,10 +164,7 @@ class Trainer:
             def done(index: Tensor, output: Output, batches: int = 1) -> None:
                 result.steps += batches
                 tally.add(output, result.steps, batches)
-                if isinstance(order, SampledOrder):
-                    losses = output.sample_losses
-                    losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
-                    order.note(index, error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions))
+                order.note(index, partial(sizes_of, output, plan))
                 if on_step is not None:
                     for _ in range(batches):
                         on_step(index.size(0))
@@ -255,8 +252,7 @@ class Trainer:
         }
         parts |= {} if store is None else {"errors": Errors(store)}
         parts |= {} if stream is None else {"stream": Stream(stream)}
-        parts |= {"sampling": Sampling(order)} if isinstance(order, SampledOrder) else {}
-        parts |= {"tally": tally, "random": Generators(device)}
+        parts |= {"sampling": Sampling(order), "tally": tally, "random": Generators(device)}
         known = order.steps_per_epoch if batches is None else None
         keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known, self.replicas)
         cleanup.enter_context(keeper.interrupts_between_steps())
@@ -293,21 +289,18 @@ class Trainer:
 
     def arithmetic(self) -> Arithmetic:
         """How its updates are computed."""
-        return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed, self.settings.moments)
+        own = self.settings
+        narrow = own.moments, own.clip_norm
+        return Arithmetic(self.rule, self.choice.operations, self.device, self.compute_dtype, self.seed, *narrow)
 
     def _visits(self, order: Order, epoch: int, skip: int, plan: Plan, steps: int, flow: Alone) -> Iterator[Visit]:
-        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead, but not
-        past a draw, before which all else is done."""
-        store, numbers, sampled = self.learner.store, itertools.count(steps), isinstance(order, SampledOrder)
+        """An epoch's visits after the first `skip`, after so many `steps` of the run; the error store may look ahead in a part
+        of the order."""
+        store, numbers = self.learner.store, itertools.count(steps)
         plans = store is not None and store.reads_ahead and self.seat.workers == 1
-        parts = order.parts(epoch, skip) if sampled else iter([order.visits(epoch, skip)])
-        if sampled:
-            flow.drain()
-        for part in parts:
+        for part in order.parts(epoch, skip, flow.drain):
             visits = (Visit(*visit[:-1], number) for visit, number in zip(part, numbers, strict=False))
             yield from planned(visits, store.plan, plan.train.device) if plans else visits
-            if sampled:
-                flow.drain()
 
     def check(
         self,
@@ -378,6 +371,8 @@ class Trainer:
         alone = self.seat.workers == 1 and self.replicas is None
         if self.choice.backend != "triton" or own.precision != "float32" or own.moments != "float32":
             why = "backend triton and precision and moments float32 are needed"
+        elif own.clip_norm is not None:
+            why = "a limited norm has to be known before an update"
         elif not alone or self.windows is not None or own.sampling != "uniform" or plan.augment is not None:
             why = "every sample must be visited once an epoch, as it is, by one worker"
         elif plan.train.device != device or (plan.errors is not None and is_folder(plan.errors[0])):
@@ -482,6 +477,13 @@ class Trainer:
             return data
         fits = self.device.type != "cuda" or 2 * data.nbytes < torch.cuda.mem_get_info(self.device)[0]
         return data.to(self.device) if fits else data
+
+
+def sizes_of(output: Output, plan: Plan) -> Tensor:
+    """How large the errors are that a batch's samples have left, `[M]`."""
+    losses = output.sample_losses
+    losses = losses_by_sample(output.a, output.target, plan.loss) if losses is None else losses
+    return error_sizes(losses, plan.loss, plan.train.outputs, plan.train.positions)
 
 
 def work_of(model: Sequential, rows: int) -> list[Work]:

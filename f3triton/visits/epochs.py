@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..base.data import Visit
 from ..base.seeds import sample_order
+from .order import Order
 
 
-class EpochOrder:
+class EpochOrder(Order):
     """`samples` in batches of `batch_size`, shuffled by the seed and the epoch; or in the batches of `given(epoch)`, sample
     indices int64 `[batch]` each. The indices are on `device`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -35,8 +35,8 @@ def draw(sizes: Tensor, batches: int, batch_size: int, seed: int) -> Tensor:
 class SampledOrder(EpochOrder):
     """The first epoch is every sample once. Then, at each quarter of an epoch, the samples of its batches are drawn by `draw`.
 
-    `sizes [samples]` (float32) are those of the last errors, which whoever learns notes, and `drawn_by` those that the quarter
-    under way was drawn by: with both, an order goes on in the middle of a quarter.
+    `sizes [samples]` (float32) are those of the last errors, and `drawn_by` those that the quarter under way was drawn by: with
+    both, an order goes on in the middle of a quarter.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int, device: torch.device, sizes_on: torch.device) -> None:
@@ -44,16 +44,19 @@ class SampledOrder(EpochOrder):
         self.sizes = torch.ones(samples, device=sizes_on)
         self.drawn_by = torch.ones(samples)
 
-    def note(self, index: Tensor, sizes: Tensor) -> None:
-        """The samples `index [M]` have left errors of these sizes, `[M]`; of a sample's two in a batch, either."""
-        self.sizes.index_copy_(0, index.to(self.sizes.device), sizes.to(self.sizes.dtype))
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sizes": self.sizes, "drawn_by": self.drawn_by}
+
+    def note(self, index: Tensor, sizes: Callable[[], Tensor]) -> None:
+        """Of a sample that is in a batch twice, either size is kept."""
+        self.sizes.index_copy_(0, index.to(self.sizes.device), sizes().to(self.sizes.dtype))
 
     def visits(self, epoch: int, skip: int = 0) -> Iterator[Visit]:
-        for part in self.parts(epoch, skip):
+        for part in self.parts(epoch, skip, lambda: None):
             yield from part
 
-    def parts(self, epoch: int, skip: int = 0) -> Iterator[Iterator[Visit]]:
-        """The epoch's visits after the first `skip`, in parts; before one is asked for, all those before it must be noted."""
+    def parts(self, epoch: int, skip: int, settle: Callable[[], None]) -> Iterator[Iterator[Visit]]:
         if epoch == 0:
             yield super().visits(epoch, skip)
             return
@@ -62,6 +65,7 @@ class SampledOrder(EpochOrder):
             first, end = quarter * steps // QUARTERS, (quarter + 1) * steps // QUARTERS
             if max(first, skip) >= end:
                 continue
+            settle()
             if skip <= first:
                 self.drawn_by.copy_(self.sizes)
             seed = derived_seed(self.seed, "draw", epoch, quarter)

@@ -24,6 +24,7 @@ from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
 from ..base.words import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS
+from .order import Order
 
 TEACHES = {"skip": "nothing", "target": "target", "stale": "signal"}  # a window's first visit: see `Visit`
 
@@ -111,7 +112,7 @@ def steps_per_epoch(samples: int, batch_size: int, windows: Windows | None) -> i
     return full * math.ceil(windows.size / batch_size) + math.ceil(rest / batch_size)
 
 
-class WindowOrder:
+class WindowOrder(Order):
     """The visits of a run in windows.
 
     A pass of `visits` epochs goes through a new permutation of the data set; every epoch has the same number of steps,

@@ -14,7 +14,7 @@ import torch
 from f3triton.kernels import SGD, Adam, AdamW, GeneratedFeedback, State, Update, eager, new_state, reference
 from f3triton.kernels.gpu import ops, tiles
 from f3triton.kernels.moments import widened
-from f3triton.kernels.rounding import parameter_seed, round_stochastic
+from f3triton.kernels.rounding import bits_of, cut_to_bfloat16, parameter_seed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -256,6 +256,10 @@ def test_the_shadow_follows_the_weight() -> None:
 
 def test_random_bits_and_stochastic_rounding_equal_the_torch_ones() -> None:
     """Weights in bfloat16: the kernel's rounding of an update is that of `rounding`, bit for bit, and fair on average."""
+
+    def rounded(values: torch.Tensor, seed: int, step: int, first: int = 0) -> torch.Tensor:
+        return cut_to_bfloat16(values, bits_of(values, seed, step, first) & 0xFFFF)
+
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(61, 43, generator=generator)
     values[0, :3] = torch.tensor([float("inf"), float("-inf"), 0.0])
@@ -263,17 +267,17 @@ def test_random_bits_and_stochastic_rounding_equal_the_torch_ones() -> None:
         # one SGD step with learning rate 1 from zero to -gradient: exact in float32, so only the rounding is left
         weight = torch.zeros(61, 43, dtype=torch.bfloat16, device=DEVICE)
         gradient = -values.to(DEVICE)
-        wanted = round_stochastic(values, parameter_seed(seed, 5), step)
+        wanted = rounded(values, parameter_seed(seed, 5), step)
         for count in (step, torch.tensor(step, device=DEVICE)):
             ops.update_(weight.zero_(), gradient, State((), place=5), Update(SGD(), 1.0, count, seed))
             assert torch.equal(weight.cpu(), wanted)
     many = torch.full((20_000,), 1.001)
-    drawn = round_stochastic(many, 5, 1).float()
+    drawn = rounded(many, 5, 1).float()
     assert set(drawn.tolist()) == {1.0, 1.0078125}
     assert abs(float(drawn.mean()) - 1.001) < 3e-4
-    later = round_stochastic(many, 5, 1, first=2**32).float()
+    later = rounded(many, 5, 1, first=2**32).float()
     assert not torch.equal(drawn, later)
-    assert torch.equal(round_stochastic(many[7:9], 5, 1, first=7).float(), drawn[7:9])
+    assert torch.equal(rounded(many[7:9], 5, 1, first=7).float(), drawn[7:9])
 
 
 @pytest.mark.parametrize("rows", [5, 70])
