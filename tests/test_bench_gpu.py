@@ -130,7 +130,7 @@ def test_steps_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(step_gpu, "contestants", with_a_broken_one)
     content = step.on_gpu(CPU, quick=True, rounds=2)
     (setting,) = step_gpu.QUICK
-    assert content["failed"] == {f"{setting}, broken": "RuntimeError: no compiler"}
+    assert content["failed"] == {f"{setting}, broken": "RuntimeError: no compiler and more"}
     assert [row["method"] for row in content["rows"]] == ["f3triton f3", "f3triton f3, torch backend", "backprop, fused Adam"]
     assert all(row["median"] > 0 and math.isfinite(row["f3_is_faster"]) for row in content["rows"])
     common.save(tmp_path / "step.json", content)
