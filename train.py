@@ -130,15 +130,25 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             break
         say(f"the same network by {METHOD_NAMES[peer.method]}:")
         other = f3.Trainer(make_network(options, network), settings=peer)
+        log = None if options.log is None else TensorBoard(folder.path, peer.method)
+
+        def tell_of(record: Record, other: f3.Trainer = other, log: TensorBoard | None = log) -> None:
+            console.record(record)
+            if log is not None:
+                log.write(other.result.history)
+
         try:
             with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
-                other.fit(train_set, **fitted, on_record=console.record, on_step=console.step)
+                other.fit(train_set, **fitted, on_record=tell_of, on_step=console.step)
             result.status = other.result.status
             if result.status == "completed":
                 others.append(other)
                 summary = write_summary(folder, trainer, data, time.perf_counter() - began, others)
         except Diverged as error:
             say(f"no comparison: {error}")
+        finally:
+            if log is not None:
+                log.close()
     if diagnostics is not None:
         diagnostics.save(folder.path)
         for line in summary_lines(diagnostics):

@@ -11,6 +11,7 @@ Those that need a GPU are left out where there is none, and said to be.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ HERE = Path(__file__).parent
 NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
 NOT_ALONE |= {"error_store_peers", "local_tried", "tritons", "pipeline_simulation"}
 NEEDS_GPU = {"kernels", "tiles"}
+NEEDS = {"huggingface": "transformers"}  # packages that this project does not install
 # arguments of the committed results, beside --output; of a benchmark of several tasks by each
 FULL = {
     "alignment": ["--mnist", "{mnist}"],
@@ -71,6 +73,15 @@ def arguments_of(name: str, quick: bool, data: dict[str, str | None]) -> list[st
     return arguments
 
 
+def missing_of(name: str, arguments: list[str] | None) -> str | None:
+    """What a benchmark needs and has not; None where it has all."""
+    if name in NEEDS_GPU and not torch.cuda.is_available():
+        return "a GPU"
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        return f"pip install {NEEDS[name]}"
+    return "data: see --help" if arguments is None else None
+
+
 def run_all(quick: bool, output: Path, data: dict[str, str | None]) -> list[str]:
     """Run every benchmark in a process of its own, results into `output`; the names of those that failed."""
     failed = []
@@ -80,8 +91,8 @@ def run_all(quick: bool, output: Path, data: dict[str, str | None]) -> list[str]
         names = [name for name in names if not any(task.split()[0] == name for task in tasks)] + tasks
     for name in names:
         arguments = arguments_of(name, quick, data)
-        if (name in NEEDS_GPU and not torch.cuda.is_available()) or arguments is None:
-            print(f"{name}: left out, needs {'data: see --help' if arguments is None else 'a GPU'}", flush=True)
+        if (missing := missing_of(name, arguments)) is not None:
+            print(f"{name}: left out, needs {missing}", flush=True)
             continue
         began = time.perf_counter()
         path = output / f"{name.replace('_', '-').replace(' ', '-')}.json"

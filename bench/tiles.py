@@ -46,8 +46,10 @@ FORWARD = [
 Job = tuple[str, str, tuple[int, int, int], Tile]  # operation, rule, (rows, inputs, outputs), tile
 
 
-def jobs() -> list[Job]:
+def jobs(quick: bool = False) -> list[Job]:
     """All that is timed."""
+    if quick:
+        return [("update", "Adam", SMALL, SMALL_UPDATE[0]), ("forward", "SGD", SMALL, FORWARD[1])]
     found = [("update", rule, size, tile) for rule in RULES for size in SIZES for tile in UPDATE]
     found += [("update", rule, SMALL, tile) for rule in RULES for tile in SMALL_UPDATE]
     return found + [("forward", "SGD", size, tile) for size in (SMALL, *SIZES[:2]) for tile in FORWARD]
@@ -109,14 +111,16 @@ def rows_of(found: dict[Job, float], ceiling: dict[str, dict[str, float]]) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two tiles")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
     parser.add_argument("--output", type=Path, default=RESULTS / "tiles-gpu.json")
     options = parser.parse_args()
     needs_gpu("bench.tiles")
+    all_jobs = jobs(options.quick)
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        list(pool.map(run, jobs(), [1] * len(jobs())))
+        list(pool.map(run, all_jobs, [1] * len(all_jobs)))
     found, failed = {}, {}
-    for job in jobs():
+    for job in all_jobs:
         with noted(failed, str(job)):
             found[job] = run(job)
     device = torch.device("cuda")

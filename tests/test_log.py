@@ -59,6 +59,22 @@ def test_records_go_to_tensorboard_those_before_a_resumption_too(tmp_path: Path,
     assert all(one.closed for one in Writer.made)
 
 
+def test_those_of_a_comparison_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setattr("torch.utils.tensorboard", fake, raising=False)
+    monkeypatch.setattr(Writer, "made", [])
+    folder = tmp_path / "run"
+    assert main([*QUICK, "--output-dir", str(folder), "--epochs", "2", "--compare"]) == 0
+    others = {path.name for path in (folder / "tensorboard").iterdir() if path.is_dir()}
+    assert others == {"bp"}
+    errors = [[step for name, _, step in one.found if name == "test_error"] for one in Writer.made]
+    assert len(errors) == 2
+    assert all(one == errors[0] and len(one) == 2 for one in errors)
+    assert all(one.closed for one in Writer.made)
+
+
 def test_a_missing_package_is_named_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -16,19 +15,8 @@ pytest.importorskip("transformers", reason="needs pip install transformers")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.huggingface import example  # noqa: E402
 from bench.memory_child import SavedTensors  # noqa: E402
-
-
-def example(**sizes: object) -> dict[str, object]:
-    """The names that the page's example leaves, with other sizes in its configuration."""
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    code = next(block for block in re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "transformers" in block)
-    for name, value in sizes.items():
-        code = re.sub(rf"\b{name}=[^,)]+", f"{name}={value!r}", code)
-    names: dict[str, object] = {"__name__": "example"}
-    torch.manual_seed(0)
-    exec(compile(code, "models.md", "exec"), names)
-    return names
 
 
 @pytest.mark.parametrize("method", ["f3", "local", "bp"])

@@ -22,10 +22,13 @@ def require_log(kind: str | None) -> None:
 
 
 class TensorBoard:
-    """Writes records to `tensorboard` in a run's folder, by step; at first those made before too, as of a resumed run."""
+    """Writes records to `tensorboard` in a run's folder, by step; at first those made before too, as of a resumed run.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.writer = folder / EVENTS, None
+    Those of a method that the run is compared with go to a folder of its name in there.
+    """
+
+    def __init__(self, folder: Path, method: str = "") -> None:
+        self.folder, self.writer = folder / EVENTS / method, None
 
     def write(self, history: list[Record]) -> None:
         """Add the newest record of the run's history. Raises InputError where it cannot be written."""
