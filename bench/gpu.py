@@ -4,8 +4,9 @@
     python -m bench.gpu --quick         the tests, and the benchmarks at small sizes
 
 Every part runs in a process of its own, and one that fails or hangs keeps none of the others from running. The output folder
-then holds `kernels-gpu.json`, `step-gpu.json`, `memory-scaling-cuda.json`, and `gpu.json`, which is written after each part:
-exit status and seconds of the parts, outcomes of the tests, and the last lines of what failed. Exits with 1 if a part failed.
+then holds `kernels-gpu.json`, `tiles-gpu.json`, `step-gpu.json`, `memory-scaling-cuda.json`, and `gpu.json`, which is written
+after each part: exit status and seconds of the parts, outcomes of the tests, and the last lines of what failed. Exits with 1 if
+a part failed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def parts(output: Path, quick: bool, log: Path) -> dict[str, list[str]]:
     return {
         "tests": ["pytest", "-m", "gpu", "-p", "no:cacheprovider", "--junit-xml", str(log), "tests"],
         "kernels": ["bench.kernels", *small, "--output", str(output / "kernels-gpu.json")],
+        "tiles": ["bench.tiles", *small, "--output", str(output / "tiles-gpu.json")],
         "step": ["bench.step", "--device", "cuda", *small, "--output", str(output / "step-gpu.json")],
         "memory": ["bench.memory_scaling", "--device", "cuda", *small, "--output", str(output / "memory-scaling-cuda.json")],
     }

@@ -32,7 +32,7 @@ def test_every_benchmark_takes_its_arguments(
     """A benchmark reads them first, and then says that it needs a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parts = gpu.parts(tmp_path, quick, tmp_path / "tests.xml")
-    assert list(parts) == ["tests", "kernels", "step", "memory"]
+    assert list(parts) == ["tests", "kernels", "tiles", "step", "memory"]
     for module, *arguments in [["bench.gpu", "--quick"], *list(parts.values())[1:]]:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -50,7 +50,7 @@ def test_the_tests_that_would_run(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-3000:]
-    kernels = {f"tests/interpreted/test_{name}.py" for name in ("selfcheck", "triton_ops", "triton_training")}
+    kernels = {f"tests/interpreted/test_{name}.py" for name in ("selfcheck", "triton_ops", "triton_training", "network_steps", "epoch_launch")}
     assert {"tests/test_gpu.py"} | kernels <= {line.split(":")[0] for line in found.stdout.splitlines()}
 
 
