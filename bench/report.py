@@ -232,6 +232,15 @@ def pipeline_table() -> str:
     return f"{table(header, lines)}\n\n{load}\n\n{source(name)}"
 
 
+def transformers_table() -> str:
+    """MiB of the methods, by the result's parts."""
+    rows = read_result("huggingface.json")["rows"]
+    found = {(row["method"], row["part"]): f"{row['median']:,.0f}" for row in rows}
+    methods, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "part"))
+    lines = [[method, *(found[method, part] for part in parts)] for method in methods]
+    return f"{table(['MiB', *parts], lines)}\n\n{source('huggingface.json')}"
+
+
 def moments_table() -> str:
     from .moments import show
 
@@ -242,6 +251,7 @@ LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
     "moments": moments_table,
     "methods": methods_table,
+    "transformers": transformers_table,
     "rates": rates_table,
     "pipeline": pipeline_table,
     "pipeline-simulated": simulated_table,

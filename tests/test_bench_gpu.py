@@ -50,7 +50,8 @@ def test_the_tests_that_would_run(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-3000:]
-    kernels = {f"tests/interpreted/test_{name}.py" for name in ("selfcheck", "triton_ops", "triton_training", "network_steps", "epoch_launch")}
+    names = ("selfcheck", "triton_ops", "triton_training", "network_steps", "epoch_launch")
+    kernels = {f"tests/interpreted/test_{name}.py" for name in names}
     assert {"tests/test_gpu.py"} | kernels <= {line.split(":")[0] for line in found.stdout.splitlines()}
 
 
