@@ -3,7 +3,7 @@
 What is particular: the rule runs where the gradient tile is formed, in registers, so that no gradient reaches memory. With Adam
 in float32 a step moves 28 bytes a weight (read once for `h`; weight and moments read and written once for the update), where
 backpropagation moves 40. A step in one launch, whose programs each own some rows of the weight, would move 24; on an H100 it
-took longer at all sizes that were tried, for it has fewer programs, and each of them waits for memory more often.
+took longer at the sizes that were compared, for it has fewer programs, and each of them waits for memory more often.
 
 The update goes over its tile a slice of columns at a time, so that weight and moments of a slice, and not of the tile, are in
 registers beside the gradient: tiles can be as large as the product wants them (Triton's tutorial on persistent products does
