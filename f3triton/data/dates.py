@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,16 @@ def dates(rows: Table, name: str) -> np.ndarray:
         return np.append(values, np.datetime64("NaT", "s"))[places]
     if not (pa.types.is_date(column.type) or pa.types.is_timestamp(column.type)):
         raise InputError(f"column {name!r} of {rows.where} holds {column.type}, where dates are needed")
-    try:
-        column = pc.local_timestamp(column) if getattr(column.type, "tz", None) else column
-    except pa.ArrowInvalid as error:
-        raise InputError(f"column {name!r} of {rows.where} cannot be read as dates: {one_line(error)}") from None
-    return column.to_numpy(zero_copy_only=False).astype("datetime64[s]")
+    zone, ahead = getattr(column.type, "tz", None), np.timedelta64(0, "m")
+    if zone and (offset := re.fullmatch(r"([+-])(\d\d):(\d\d)", zone)):  # of which older arrows know no local time
+        ahead = np.timedelta64(int(offset[1] + "1") * (60 * int(offset[2]) + int(offset[3])), "m")
+        column = column.cast(pa.timestamp(column.type.unit))
+    elif zone:
+        try:
+            column = pc.local_timestamp(column)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"column {name!r} of {rows.where} cannot be read as dates: {one_line(error)}") from None
+    return column.to_numpy(zero_copy_only=False).astype("datetime64[s]") + ahead
 
 
 def calendar(values: np.ndarray) -> np.ndarray:
