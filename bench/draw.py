@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ PEERS = (
     "inference",
 )
 MOST_PANELS = 16
-MOST_LABELLED = 8  # lines of a panel with their last values beside them
+MOST_LABELLED = 6  # lines of a panel with their last values beside them
 
 
 def colour(method: str) -> str:
@@ -98,7 +99,7 @@ def draw_panel(axes: Axes, rows: list[dict], methods: list[str]) -> None:
         scale_values(axes, "x", [row["p80"] for row in rows] + [row["median"] for row in rows], log)
         low, high = axes.get_xlim()
         axes.set(xlabel=rows[0]["metric"], xlim=(low, high * (high / low) ** 0.2 if axes.get_xscale() == "log" else 1.2 * high))
-    axes.set_title(rows[0]["part"], fontsize=9)
+    axes.set_title(textwrap.fill(rows[0]["part"], 48), fontsize=9)
     plain_axes(axes, "y" if lines else "x")
 
 

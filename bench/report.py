@@ -18,10 +18,10 @@ from pathlib import Path
 from f3triton.run.curves import COLOURS, can_draw, label_ends, new_figure, plain_axes, save
 
 from .common import RESULTS, read_result, table, where
+from .memory_child import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "overview.png"
-METHODS = ("f3", "dfa", "bp", "bp-checkpoint", "bp-in-backward", "bp-checkpoint-in-backward", "bp-compiled")
 
 
 def documents() -> list[Path]:
@@ -68,8 +68,27 @@ def memory_table(part: str) -> str:
 
 
 def largest_table() -> str:
-    rows = [row for row in read_result("memory-scaling.json")["rows"] if row["part"].startswith("largest")]
-    return f"{by_x('memory-scaling.json', rows[0]['part'], 'hidden layers', '.0f')}\n\n{source('memory-scaling.json')}"
+    name = "memory-scaling-largest.json"
+    parts = list(dict.fromkeys(row["part"] for row in read_result(name)["rows"]))
+    tables = (f"{part}:\n\n{by_x(name, part, 'hidden layers', '.0f', order=METHODS)}" for part in parts)
+    return "\n\n".join([*tables, source(name)])
+
+
+def bytes_table() -> str:
+    name = "memory-scaling-bytes.json"
+    rows = read_result(name)["rows"]
+    found = {(row["method"], row["x"]): row["median"] for row in rows}
+    columns = list(dict.fromkeys(row["x"] for row in rows))
+    lines = [
+        [method, *(f"{found[method, x]:.2f}" if (method, x) in found else "" for x in columns)]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return f"{table(['bytes a weight', *columns], lines)}\n\n{source(name)}"
+
+
+def budget_table() -> str:
+    name = "memory-scaling.json"
+    return f"{by_x(name, 'peak of a run beside its data', 'MiB', '.1f')}\n\n{source(name)}"
 
 
 def windows_table(part: str) -> str:
@@ -268,6 +287,8 @@ TABLES = {
     "memory": lambda: memory_table("MLP, against hidden layers"),
     "memory-transformer": lambda: memory_table("transformer, against blocks"),
     "memory-largest": largest_table,
+    "memory-bytes": bytes_table,
+    "memory-budget": budget_table,
     "windows-1": lambda: windows_table("1 hidden, 20 epochs"),
     "windows-3": lambda: windows_table("3 hidden, 20 epochs"),
     "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
