@@ -35,10 +35,10 @@ def source(name: str) -> str:
     return f"`{content['command']}` on {where(content)}; [bench/results/{name}](bench/results/{name})"
 
 
-def paper_table(recipe: str) -> str:
+def paper_table(recipe: str, name: str = "paper.json") -> str:
     from .paper import show
 
-    return f"{show(recipe, read_result('paper.json')['runs'][recipe])}\n\n{source('paper.json')}"
+    return f"{show(recipe, read_result(name)['runs'][recipe])}\n\n{source(name)}"
 
 
 def by_x(name: str, part: str, metric: str, shown: str, number: str = "median", order: tuple[str, ...] = ()) -> str:
@@ -283,6 +283,8 @@ TABLES = {
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),
+    "kddcup99": lambda: paper_table("kddcup99", "paper-tables.json"),
+    "census-income-kdd": lambda: paper_table("census-income-kdd", "paper-tables.json"),
     "step": step_table,
     "memory": lambda: memory_table("MLP, against hidden layers"),
     "memory-transformer": lambda: memory_table("transformer, against blocks"),
