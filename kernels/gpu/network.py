@@ -12,8 +12,8 @@ at all. A wait ends after `patience` looks in any case: then the outputs are NaN
 What bounds a step of 784-500-10 at batch 50, Adam, float32, on 132 multiprocessors: 78 MFLOP in the first layer, over 125
 programs of 4 rows 1568 cycles of FMA a product with all lanes at work (64 rows of which 50 count); `x`, 157 KB, goes to every
 multiprocessor, 2450 cycles at 64 bytes each, and comes back from its first-level cache for the update; weights and moments,
-38 KB a program, are in that cache or the second-level one. With latencies about 9000 cycles, 5 microseconds, by estimate. The
-last layer's three programs have less to do.
+38 KB a program, are in that cache or the second-level one. With latencies about 9000 cycles, 5 microseconds, by estimate; an
+H100 takes 15 (`bench/results/step-gpu.json`). The last layer's three programs have less to do.
 
 Products are sums of elementwise ones, exact in float32, and not `tl.dot`, whose tiles would be three quarters empty. A thread
 holds a few samples, all of the tile's rows of the weight, and 4 inputs: 32 numbers that it adds to, for 6 reads of 16 bytes.
