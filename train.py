@@ -33,7 +33,7 @@ from f3triton.run.diagnostics import Diagnostics, summary_lines
 from f3triton.run.dry_run import dry_run
 from f3triton.run.evaluation import evaluate_run
 from f3triton.run.hub import check_name, push
-from f3triton.run.log import TensorBoard, require_log
+from f3triton.run.log import logged, require_log
 from f3triton.run.parts import METHOD_NAMES, load_data, make_feedback, make_network, network_of, peers_of
 from f3triton.run.prediction import predict_run
 from f3triton.run.records import Record
@@ -94,20 +94,24 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
     if start.snapshot is not None:
         say(f"going on after step {start.snapshot.state['steps']:,}, in epoch {start.snapshot.state['epoch'] + 1}")
 
-    log = None if options.log is None else TensorBoard(folder.path)
-
     def keep(record: Record) -> None:
         console.record(record)
         if diagnostics is not None:
             diagnostics(record)
         folder.keep(record, trainer.model, options.keep_best and record is trainer.result.best)
-        if log is not None:
-            log.write(trainer.result.history)
 
     try:
-        with Console(options.quiet, options.epochs, len(train_set), trainer.method) as console:
+        with (
+            Console(options.quiet, options.epochs, len(train_set), trainer.method) as console,
+            logged(options.log, folder.path, trainer, keep) as tell_all,
+        ):
             result = trainer.fit(
-                train_set, **fitted, on_record=keep, on_step=console.step, checkpoints=start.checkpoints, resume=start.snapshot
+                train_set,
+                **fitted,
+                on_record=tell_all,
+                on_step=console.step,
+                checkpoints=start.checkpoints,
+                resume=start.snapshot,
             )
     except Diverged as error:
         result = trainer.result
@@ -117,9 +121,6 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
         write_summary(folder, trainer, data, time.perf_counter() - began)
         kept = f"of epoch {result.history[-1]['epoch']}" if result.history else "from before the first epoch"
         raise f3.InputError(f"{error}; the model {kept} is kept in {folder.path}") from None
-    finally:
-        if log is not None:
-            log.close()
     if not folder.settled:  # Ctrl-C in the first step
         raise KeyboardInterrupt
 
@@ -130,25 +131,18 @@ def train(options: argparse.Namespace, compare: bool, start: Start) -> None:
             break
         say(f"the same network by {METHOD_NAMES[peer.method]}:")
         other = f3.Trainer(make_network(options, network), settings=peer)
-        log = None if options.log is None else TensorBoard(folder.path, peer.method)
-
-        def tell_of(record: Record, other: f3.Trainer = other, log: TensorBoard | None = log) -> None:
-            console.record(record)
-            if log is not None:
-                log.write(other.result.history)
-
         try:
-            with Console(options.quiet, options.epochs, len(train_set), other.method) as console:
-                other.fit(train_set, **fitted, on_record=tell_of, on_step=console.step)
+            with (
+                Console(options.quiet, options.epochs, len(train_set), other.method) as console,
+                logged(options.log, folder.path, other, console.record, other.method) as tell_all,
+            ):
+                other.fit(train_set, **fitted, on_record=tell_all, on_step=console.step)
             result.status = other.result.status
             if result.status == "completed":
                 others.append(other)
                 summary = write_summary(folder, trainer, data, time.perf_counter() - began, others)
         except Diverged as error:
             say(f"no comparison: {error}")
-        finally:
-            if log is not None:
-                log.close()
     if diagnostics is not None:
         diagnostics.save(folder.path)
         for line in summary_lines(diagnostics):

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 from f3triton.base.data import Visit
 
 from .common import RESULTS, result, row, save, table
-from .memory_child import SavedTensors, peak, reset_peak
+from .memory_child import SavedTensors, figures_of, peak, reset_peak
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 METHODS = ("f3", "local", "fine-tuning")
@@ -77,16 +76,6 @@ def measure(method: str, sizes: dict[str, int], batch: int) -> dict[str, int]:
     return {"peak": highest - before, "saved": count.most, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def in_child(method: str, quick: bool) -> dict[str, int]:
-    """The figures of `measure`, from a process of its own, in which freed blocks go back to the system at once."""
-    command = [sys.executable, "-m", "bench.huggingface", "--child", method, *["--quick"] * quick]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PAGE.parents[1])
-    if done.returncode:
-        raise SystemExit((done.stderr.strip().splitlines() or [f"{method} ended with {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two layers of 64 features")
@@ -99,7 +88,9 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options.child, sizes, batch)))
         return
-    found = {method: in_child(method, options.quick) for method in METHODS}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    quick = ["--quick"] * options.quick
+    found = {method: figures_of("bench.huggingface", "--child", method, *quick) for method in METHODS}
     rows = [
         row(method, word, "MiB", figures[word] / MIB, part=shown, parameters=figures["parameters"])
         for word, shown in (("peak", "peak over what there was before"), ("saved", "kept by autograd at one time"))

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +38,25 @@ METHODS = OURS + PLAIN + EIGHT_BIT  # that train
 CLASSES = 10
 LR = 1e-4
 HAS_8BIT = importlib.util.find_spec("torchao") is not None
+
+
+def figures_of(*arguments: str) -> dict[str, int]:
+    """The line of JSON that `python -m` with these arguments prints last, in a process of its own with one thread.
+
+    Freed blocks go back to the system at once there, so that resident memory is memory in use. Raises RuntimeError with its
+    last word where it fails.
+    """
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    root, command = Path(__file__).resolve().parents[1], [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def reset_peak(device: torch.device) -> int:

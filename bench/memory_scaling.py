@@ -25,8 +25,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -41,7 +39,19 @@ import f3triton as f3
 from f3triton.error_store import make_codec
 
 from .common import RESULTS, needs_gpu, noted, result, row, save, table, write_result
-from .memory_child import EIGHT_BIT, HAS_8BIT, INFERENCE, METHODS, OURS, RUNS, build, measure, measure_run, precision_of
+from .memory_child import (
+    EIGHT_BIT,
+    HAS_8BIT,
+    INFERENCE,
+    METHODS,
+    OURS,
+    RUNS,
+    build,
+    figures_of,
+    measure,
+    measure_run,
+    precision_of,
+)
 
 MIB = 2**20
 COMPILED_DEPTH = 24  # compiling more layers takes minutes; nor is it done for every sequence length
@@ -90,26 +100,7 @@ CODECS = ("float32", "float16", "int8", "top-8")
 
 def in_child(method: str, setting: Setting, device: str) -> dict[str, int]:
     """The figures of `memory_child.measure`, from a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.memory_scaling",
-        "--device",
-        device,
-        "--child",
-        json.dumps([method, *astuple(setting)]),
-    ]
-    # Freed blocks go back to the system at once, so that resident memory is memory in use.
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    return figures_of("bench.memory_scaling", "--device", device, "--child", json.dumps([method, *astuple(setting)]))
 
 
 class Measured:

@@ -46,12 +46,18 @@ def by_x(name: str, part: str, metric: str, shown: str, number: str = "median", 
     rows = [row for row in read_result(name)["rows"] if row["part"] == part and row["metric"] == metric and number in row]
     if not rows:
         raise KeyError(f"{name} has no rows of {part!r}, {metric!r}")
-    columns = list(dict.fromkeys(row["x"] for row in rows))
-    found = {(row["method"], row["x"]): row[number] for row in rows}
+    head = f"{metric}, by {rows[0]['x_name']}" if rows[0]["x_name"] else metric
+    return crossed(rows, "x", head, shown, number, order)
+
+
+def crossed(rows: list[dict], across: str, head: str, shown: str, number: str = "median", order: tuple[str, ...] = ()) -> str:
+    """A line for each method, those of `order` first, and a column for each value of `across` in the rows."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    found = {(row["method"], row[across]): row[number] for row in rows}
     methods = [method for method in order if any(row["method"] == method for row in rows)]
     methods += [method for method in dict.fromkeys(row["method"] for row in rows) if method not in methods]
     lines = [[method, *(f"{found[method, x]:{shown}}" if (method, x) in found else "" for x in columns)] for method in methods]
-    return table([f"{metric}, by {rows[0]['x_name']}" if rows[0]["x_name"] else metric, *map(str, columns)], lines)
+    return table([head, *map(str, columns)], lines)
 
 
 def step_table() -> str:
@@ -76,14 +82,7 @@ def largest_table() -> str:
 
 def bytes_table() -> str:
     name = "memory-scaling-bytes.json"
-    rows = read_result(name)["rows"]
-    found = {(row["method"], row["x"]): row["median"] for row in rows}
-    columns = list(dict.fromkeys(row["x"] for row in rows))
-    lines = [
-        [method, *(f"{found[method, x]:.2f}" if (method, x) in found else "" for x in columns)]
-        for method in dict.fromkeys(row["method"] for row in rows)
-    ]
-    return f"{table(['bytes a weight', *columns], lines)}\n\n{source(name)}"
+    return f"{crossed(read_result(name)['rows'], 'x', 'bytes a weight', '.2f')}\n\n{source(name)}"
 
 
 def budget_table() -> str:
@@ -217,22 +216,14 @@ def gpu_step_table() -> str:
 
 def gpu_kernels_table() -> str:
     """Microseconds of each operation: by the tile that the tables choose, by torch, compiled, and of a product alone."""
-    from .tiles import RULES, chosen, named
-
     theirs = {(row["part"], row["x"], row["method"]): row["median"] for row in read_result("kernels-gpu.json")["rows"]}
-    found = {(row["part"], row["method"]): row for row in read_result("tiles-gpu.json")["rows"]}
     lines = []
-    for part in dict.fromkeys(part for part, _ in found):
-        operation, rule, size = part.split(", ")
-        rows, inputs, outputs = (int(word) for word in size.replace("->", "x").split(" x "))
-        tile = named(chosen(operation, RULES[rule], (rows, inputs, outputs)))
-        ours = found[part, tile]
-        place = f"{'forward with error signal' if operation == 'forward' else operation}, {rule}", size
-        peers = [theirs.get((*place, name)) for name in ("torch", "torch.compile", "GEMM alone")]
+    for one in filter(lambda row: row["chosen"], read_result("tiles-gpu.json")["rows"]):
+        peers = [theirs.get((one["peers"], one["size"], name)) for name in ("torch", "torch.compile", "GEMM alone")]
         times = ["" if t is None else f"{t:.0f}" for t in peers]
-        lines.append([operation, rule, size, f"{ours['median']:.0f}", f"{ours['share_of_bound']:.2f}", *times, tile])
-    header = ["", "rule", "rows x inputs -> outputs", "f3triton, us", "share of bound", "torch", "torch.compile", "GEMM alone"]
-    return f"{table([*header, 'tile'], lines)}\n\n{source('tiles-gpu.json')}; the others: {source('kernels-gpu.json')}"
+        lines.append([one["peers"], one["size"], f"{one['median']:.0f}", f"{one['share_of_bound']:.2f}", *times, one["method"]])
+    header = ["", "rows x inputs -> outputs", "f3triton, us", "share of bound", "torch", "torch.compile", "GEMM alone", "tile"]
+    return f"{table(header, lines)}\n\n{source('tiles-gpu.json')}; the others: {source('kernels-gpu.json')}"
 
 
 def pipeline_table() -> str:
@@ -253,11 +244,8 @@ def pipeline_table() -> str:
 
 def transformers_table() -> str:
     """MiB of the methods, by the result's parts."""
-    rows = read_result("huggingface.json")["rows"]
-    found = {(row["method"], row["part"]): f"{row['median']:,.0f}" for row in rows}
-    methods, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "part"))
-    lines = [[method, *(found[method, part] for part in parts)] for method in methods]
-    return f"{table(['MiB', *parts], lines)}\n\n{source('huggingface.json')}"
+    name = "huggingface.json"
+    return f"{crossed(read_result(name)['rows'], 'part', 'MiB', ',.0f')}\n\n{source(name)}"
 
 
 def moments_table() -> str:

@@ -55,11 +55,6 @@ def jobs(quick: bool = False) -> list[Job]:
     return found + [("forward", "SGD", size, tile) for size in (SMALL, *SIZES[:2]) for tile in FORWARD]
 
 
-def named(tile: Tile) -> str:
-    """The tile in words."""
-    return f"{'x'.join(map(str, tile.blocks))} {tile.warps} warps, {tile.stages} stages, {tile.slices} slices"
-
-
 def chosen(operation: str, rule: SGD | Adam, size: tuple[int, int, int], multiprocessors: int = 132) -> Tile:
     """What the tables choose on an H100 or H200."""
     rows, inputs, outputs = size
@@ -96,7 +91,8 @@ def run(job: Job, sets: int = 3) -> float:
 
 
 def rows_of(found: dict[Job, float], ceiling: dict[str, dict[str, float]]) -> list[dict]:
-    """A row a tile; `share_of_bound` by the ceilings of the products' type."""
+    """A row a tile; `share_of_bound` by the ceilings of the products' type, `chosen`: the one that the tables choose,
+    and `peers`: the part of `bench.kernels` that has torch's times."""
     rows = []
     for job, microseconds in found.items():
         operation, rule, size, tile = job
@@ -104,8 +100,12 @@ def rows_of(found: dict[Job, float], ceiling: dict[str, dict[str, float]]) -> li
         word = "forward with error signal" if operation == "forward" else operation
         flops, moved = cost(word, *size, RULES[rule].moments, dtype_of(job).itemsize)
         bound = 1e6 * max(flops / ceiling[kind]["flops"], moved / ceiling[kind]["bytes"])
-        part = f"{operation}, {rule}, {size[0]} x {size[1]} -> {size[2]}"
-        rows.append(row(named(tile), part, "us", microseconds, part=part, share_of_bound=round(bound / microseconds, 3)))
+        shape = f"{size[0]} x {size[1]} -> {size[2]}"
+        part = f"{operation}, {rule}, {shape}"
+        more = {"peers": f"{word}, {rule}", "size": shape, "chosen": tile == chosen(operation, RULES[rule], size)}
+        more["share_of_bound"] = round(bound / microseconds, 3)
+        name = f"{'x'.join(map(str, tile.blocks))} {tile.warps} warps, {tile.stages} stages, {tile.slices} slices"
+        rows.append(row(name, part, "us", microseconds, part=part, **more))
     return rows
 
 

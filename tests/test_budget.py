@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -227,3 +228,15 @@ def test_memory_is_the_budget_of_a_model(method: str) -> None:
 def test_memory_of_a_plain_module_counts_one_stage() -> None:
     plain = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
     assert f3.memory(plain, torch.zeros(4, 8), "bp")["weights"] == 4 * (8 * 16 + 16 + 16 * 3 + 3)
+
+
+def test_without_the_private_parts_of_torch_there_is_the_budget_by_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = f3.models.MLP([20, 30, 4]), torch.zeros(8, 20)
+    whole = f3.memory(model, x, samples=100)
+    monkeypatch.setitem(sys.modules, "f3triton.run.rehearsal", None)  # as where what it imports is not there
+    plain = f3.memory(model, x, samples=100)
+    assert "rest" in whole
+    assert "rest" not in plain
+    assert {name: whole[name] for name in ("weights", "moments", "feedback", "errors")} == {
+        name: plain[name] for name in ("weights", "moments", "feedback", "errors")
+    }

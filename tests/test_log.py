@@ -39,12 +39,17 @@ class Writer:
         self.closed = True
 
 
-def test_records_go_to_tensorboard_those_before_a_resumption_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, with a `Writer` for its SummaryWriter."""
     fake = types.ModuleType("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     monkeypatch.setattr("torch.utils.tensorboard", fake, raising=False)
     monkeypatch.setattr(Writer, "made", [])
+
+
+def test_records_go_to_tensorboard_those_before_a_resumption_too(tmp_path: Path, tensorboard: None) -> None:
     folder = tmp_path / "run"
     run = [*QUICK, "--output-dir", str(folder), "--checkpoint-every", "1e"]
     assert main([*run, "--epochs", "2"]) == 0
@@ -59,12 +64,7 @@ def test_records_go_to_tensorboard_those_before_a_resumption_too(tmp_path: Path,
     assert all(one.closed for one in Writer.made)
 
 
-def test_those_of_a_comparison_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    monkeypatch.setattr("torch.utils.tensorboard", fake, raising=False)
-    monkeypatch.setattr(Writer, "made", [])
+def test_those_of_a_comparison_have_folders_of_their_own(tmp_path: Path, tensorboard: None) -> None:
     folder = tmp_path / "run"
     assert main([*QUICK, "--output-dir", str(folder), "--epochs", "2", "--compare"]) == 0
     others = {path.name for path in (folder / "tensorboard").iterdir() if path.is_dir()}

@@ -14,7 +14,6 @@ from ..network.sequential import Sequential
 from ..visits.streams import check_stream
 from ..visits.windows import steps_per_epoch
 from .budget import Budget, describe, estimate, with_local, with_rest
-from .rehearsal import rehearse
 from .report import store_line
 from .settings import Settings
 from .trainer import add_readings, error_codec
@@ -72,7 +71,17 @@ def budget_of(
     if not rehearsed:
         return budget
     steps = steps_per_epoch(len(train_set), settings.batch_size, settings.windows)
-    return with_rest(budget, rehearse(settings, shapes, x, train_set.outputs, train_set.positions, steps, len(test_set)))
+    return rehearsed_too(budget, settings, shapes, x, train_set.outputs, train_set.positions, steps, len(test_set))
+
+
+def rehearsed_too(budget: Budget, *run: object) -> Budget:
+    """The budget with the rest of a `run`, see `rehearsal.rehearse`; as it is where torch has not what that is made of, which
+    is private to it."""
+    try:
+        from .rehearsal import rehearse  # a second
+    except ImportError:
+        return budget
+    return with_rest(budget, rehearse(*run))
 
 
 def budget_by(

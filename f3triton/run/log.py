@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.exceptions import InputError
 from .folder import EVENTS
 from .records import Record
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 def require_log(kind: str | None) -> None:
@@ -50,6 +55,26 @@ class TensorBoard:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+@contextmanager
+def logged(
+    kind: str | None, folder: Path, trainer: Trainer, tell: Callable[[Record], None], method: str = ""
+) -> Iterator[Callable[[Record], None]]:
+    """What tells of each record of the trainer's run: `tell`, and with a `kind` the log in that run's folder."""
+    if kind is None:
+        yield tell
+        return
+    log = TensorBoard(folder, method)
+
+    def both(record: Record) -> None:
+        tell(record)
+        log.write(trainer.result.history)
+
+    try:
+        yield both
+    finally:
+        log.close()
 
 
 def figures(record: Record, before: str = "") -> Iterator[tuple[str, float]]:

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from ..error_store import make_codec
 from ..network.block import Block
 from ..network.sequential import Sequential
-from .budget import with_rest
-from .dry_run import budget_by
-from .rehearsal import rehearse
+from .dry_run import budget_by, rehearsed_too
 from .settings import Settings
 
 
@@ -40,5 +38,5 @@ def memory(model: nn.Module, example: Tensor, method: str = "f3", samples: int =
         codec = make_codec(own.error_dtype, own.error_rank or outputs, own.types.working, classes, 0)
         errors = samples * positions * codec.row_bytes
     budget = budget_by(own, network, x, outputs, positions, errors)
-    budget = with_rest(budget, rehearse(own, network, x, outputs, positions, max(1, samples // len(x))))
+    budget = rehearsed_too(budget, own, network, x, outputs, positions, max(1, samples // len(x)))
     return {name: count for name, count in budget.memory.items() if name != "data"}

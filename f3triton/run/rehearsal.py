@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -70,8 +71,6 @@ def rehearse(
     `network` and a batch `x [batch, ...]` are on the meta device, with the readings that local errors need. Outputs of up to
     `steps` steps wait for their loss to be taken; an evaluation is of up to `tested` samples (0: there is none).
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # a second
-
     types, shape, signal = settings.types, x.shape[1:], settings.resolved_signal
     loss = settings.loss if settings.loss != "auto" else "cross-entropy" if positions > 1 else "bce"
     rows, dtype, width = len(x) * positions, types.working, settings.error_rank or outputs
