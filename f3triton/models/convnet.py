@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..base.choices import check_word
@@ -32,7 +33,10 @@ class Convolution(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(activate(self.norm(self.convolution(x.view(len(x), *self.image))), self.activation))
+        # The channels of a pixel side by side: convolution and pooling are faster so, on a CPU too. At every stage, so that
+        # another worker, which gets its input from elsewhere, adds up in the same order.
+        x = x.view(len(x), *self.image).contiguous(memory_format=torch.channels_last)
+        x = self.pool(activate(self.norm(self.convolution(x)), self.activation))
         return x.flatten(1) if self.flatten else x
 
 
