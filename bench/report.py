@@ -1,4 +1,4 @@
-"""Draw the README's picture and write the tables of README and docs from the files in `bench/results/`.
+"""Draw two pictures of the docs and write the tables of README and docs from the files in `bench/results/`.
 
     python -m bench.report           rewrite README.md, docs/*.md and docs/overview.png
     python -m bench.report --check   exit with 1 if a table is not that of its results
@@ -17,11 +17,12 @@ from pathlib import Path
 
 from f3triton.run.curves import COLOURS, can_draw, label_ends, new_figure, plain_axes, save
 
+from . import accuracy_memory
 from .common import RESULTS, read_result, table, where
 from .memory_child import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "docs" / "overview.png"
+PICTURE, AGAINST_MEMORY = ROOT / "docs" / "overview.png", ROOT / "docs" / "accuracy-memory.png"
 
 
 def documents() -> list[Path]:
@@ -116,6 +117,11 @@ def time_table() -> str:
     ]
     header = ["hidden layers", "", "learning rate", "epochs of the run", "steps", "seconds"]
     return f"{table(header, lines)}\n\n{source('time-to-accuracy.json')}; {content['settings']['note']}"
+
+
+def accuracy_memory_table() -> str:
+    sources = "; ".join(source(f"local-{name}.json") for name in accuracy_memory.DATA)
+    return f"{accuracy_memory.show()}\n\nErrors: {sources}. Memory: by arithmetic"
 
 
 def depth_table() -> str:
@@ -284,6 +290,7 @@ TABLES = {
     "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
     "kernels-compiled": compiled_table,
     "time-to-accuracy": time_table,
+    "accuracy-memory": accuracy_memory_table,
     "depth": depth_table,
     "alignment": alignment_table,
 }
@@ -356,8 +363,9 @@ def main() -> None:
     for path in changed:
         path.write_text(made[path], encoding="utf-8")
     if not can_draw():
-        sys.exit("bench.report: tables are written; error: the picture needs matplotlib (pip install matplotlib)")
+        sys.exit("bench.report: tables are written; error: the pictures need matplotlib (pip install matplotlib)")
     draw()
+    accuracy_memory.draw(AGAINST_MEMORY)
 
 
 if __name__ == "__main__":
