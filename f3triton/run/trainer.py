@@ -255,6 +255,7 @@ class Trainer:
         parts |= {"sampling": Sampling(order), "tally": tally, "random": Generators(device)}
         known = order.steps_per_epoch if batches is None else None
         keeper = Keeper(parts, settings, self.result, store, checkpoints, flow, known, self.replicas)
+        cleanup.callback(keeper.abandon)
         cleanup.enter_context(keeper.interrupts_between_steps())
         cleanup.push(leave)
         if resume is not None:

@@ -23,7 +23,7 @@ from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_thei
 from ..distributed.shared import SharedReceiver, SharedSender, available, connect
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
-from .checkpoint import Snapshot
+from .checkpoint import Snapshot, write_part
 from .identity import settings_of
 from .settings import Settings
 from .state import Moments, Network, handling, require_same, restore
@@ -171,11 +171,12 @@ def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
         out, back = links[0], links[-1]
         for worker in range(1, seat.workers):
             others.append(trainer.learner_of(plan, worker))
-            helper = Helper(others[-1], worker, links[worker - 1], links[worker], clocks[worker], shared=True)
+            helper = Helper(others[-1], worker, links[worker - 1], links[worker], clocks[worker], write_part, shared=True)
             threads.append(threading.Thread(target=helper.serve, name=f"f3triton-worker-{worker}", daemon=True))
     else:
         out, back = ends(trainer, clock)
-    ring = Ring(learner, seat.workers, out, back, clock, rows, plan.train.task != "regression", seat.threads)
+    classes = plan.train.task != "regression"
+    ring = Ring(learner, seat.workers, out, back, clock, write_part, rows, classes, seat.threads)
     threads_of_torch = one_thread_each(seat)
     threads_of_torch.__enter__()
     for thread in threads:
@@ -228,7 +229,7 @@ def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Sna
         restore({"network": Network(trainer.model), "moments": Moments(trainer.learner)}, resume)
     clock = Clock()
     out, into = ends(trainer, clock)
-    helper = Helper(trainer.learner, seat.worker, into, out, clock, shared=False)
+    helper = Helper(trainer.learner, seat.worker, into, out, clock, write_part, shared=False)
     # Worker 0 is told of them as well, and says what to do.
     with handling(lambda *_: None, signal.SIGINT, signal.SIGTERM), matmul_precision(trainer.precision):
         about = helper.serve()
