@@ -193,8 +193,9 @@ class Ring(Alone):
         self._send(Packet("forward", {}, {"x": self.learner.forward(x)}), lambda packet: done(packet.tensors["x"]))
 
     def states(self, folder: str, done: Callable[[Files], None]) -> None:
-        files = self.write(folder, 0, self.holding.states())
-        self._send(Packet("states", {"folder": folder, "files": files}, {}), lambda packet: done(packet.about["files"]))
+        own: Files = {}
+        self._send(Packet("states", {"folder": folder, "files": {}}, {}), lambda packet: done(own | packet.about["files"]))
+        own |= self.write(folder, 0, self.holding.states())  # while the others write theirs
 
     def drain(self) -> None:
         while self.returned < self.sent:
