@@ -260,8 +260,34 @@ def moments_table() -> str:
     return f"{show(read_result('moments.json')['runs'])}\n\n{source('moments.json')}"
 
 
+def claims_table(kind: str) -> str:
+    from . import claims
+
+    return claims.show(getattr(claims, kind)())
+
+
+def times_table() -> str:
+    """The seconds of `time_table`: a line for each method, a column for each network."""
+    name = "time-to-accuracy.json"
+    content = read_result(name)
+    rows = [row for row in content["rows"] if row["metric"] == "seconds to the target"]
+    head = "seconds to 2 % on MNIST, by hidden layers"
+    return f"{crossed(rows, 'network', head, '.1f')}\n\n{source(name)}; {content['settings']['note']}"
+
+
+def layers_table() -> str:
+    """What was measured of `largest_table`."""
+    name = "memory-scaling-largest.json"
+    part = "largest MLP of width 512, batch 512, measured"
+    return f"{by_x(name, part, 'hidden layers', '.0f', order=METHODS)}\n\n{source(name)}"
+
+
 LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
+    "good-for": lambda: claims_table("good"),
+    "not-good-for": lambda: claims_table("not_good"),
+    "times": times_table,
+    "layers": layers_table,
     "moments": moments_table,
     "methods": methods_table,
     "transformers": transformers_table,

@@ -22,6 +22,12 @@ def test_tables_are_those_of_the_results() -> None:
         assert filled(path) == path.read_text(encoding="utf-8"), f"{path.name}: run python -m bench.report"
 
 
+def test_the_sentences_hold_in_the_results() -> None:
+    from bench.claims import good, not_good
+
+    assert not [claim for claim in good() + not_good() if not claim.holds]
+
+
 def test_links_lead_somewhere() -> None:
     from bench.report import documents
 
