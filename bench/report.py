@@ -97,14 +97,19 @@ def windows_table(part: str) -> str:
     return f"{table(['setting', 'test error in percent, last epoch', 'seeds'], lines)}\n\n{source('windows.json')}"
 
 
-def compiled_table() -> str:
-    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
-    most: dict[tuple[str, ...], dict] = {}  # of the cases of a tile, the one with most registers
+def fullest() -> list[dict]:
+    """Of the compiled cases of each kernel, tile and type, the one with the most registers: the nearest to spilling."""
+    most: dict[tuple[str, ...], dict] = {}
     for row in read_result("kernels-compiled.json")["rows"]:
         key = row["kernel"], row["tile"], row["dtype"]
         if row["part"] == "sm_90" and row["reg"] > most.get(key, {"reg": -1})["reg"]:
             most[key] = row
-    rows = [[row[column] for column in columns] for row in most.values()]
+    return list(most.values())
+
+
+def compiled_table() -> str:
+    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
+    rows = [[row[column] for column in columns] for row in fullest()]
     return f"{table(list(columns), rows)}\n\n{source('kernels-compiled.json')}"
 
 
