@@ -1,4 +1,4 @@
-"""Draw the README's picture and write the tables of README and docs from the files in `bench/results/`.
+"""Draw two pictures of the docs and write the tables of README and docs from the files in `bench/results/`.
 
     python -m bench.report           rewrite README.md, docs/*.md and docs/overview.png
     python -m bench.report --check   exit with 1 if a table is not that of its results
@@ -17,11 +17,12 @@ from pathlib import Path
 
 from f3triton.run.curves import COLOURS, can_draw, label_ends, new_figure, plain_axes, save
 
+from . import accuracy_memory
 from .common import RESULTS, read_result, table, where
 from .memory_child import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "docs" / "overview.png"
+PICTURE, AGAINST_MEMORY = ROOT / "docs" / "overview.png", ROOT / "docs" / "accuracy-memory.png"
 
 
 def documents() -> list[Path]:
@@ -96,14 +97,19 @@ def windows_table(part: str) -> str:
     return f"{table(['setting', 'test error in percent, last epoch', 'seeds'], lines)}\n\n{source('windows.json')}"
 
 
-def compiled_table() -> str:
-    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
-    most: dict[tuple[str, ...], dict] = {}  # of the cases of a tile, the one with most registers
+def fullest() -> list[dict]:
+    """Of the compiled cases of each kernel, tile and type, the one with the most registers: the nearest to spilling."""
+    most: dict[tuple[str, ...], dict] = {}
     for row in read_result("kernels-compiled.json")["rows"]:
         key = row["kernel"], row["tile"], row["dtype"]
         if row["part"] == "sm_90" and row["reg"] > most.get(key, {"reg": -1})["reg"]:
             most[key] = row
-    rows = [[row[column] for column in columns] for row in most.values()]
+    return list(most.values())
+
+
+def compiled_table() -> str:
+    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
+    rows = [[row[column] for column in columns] for row in fullest()]
     return f"{table(list(columns), rows)}\n\n{source('kernels-compiled.json')}"
 
 
@@ -116,6 +122,11 @@ def time_table() -> str:
     ]
     header = ["hidden layers", "", "learning rate", "epochs of the run", "steps", "seconds"]
     return f"{table(header, lines)}\n\n{source('time-to-accuracy.json')}; {content['settings']['note']}"
+
+
+def accuracy_memory_table() -> str:
+    sources = "; ".join(source(f"local-{name}.json") for name in accuracy_memory.DATA)
+    return f"{accuracy_memory.show()}\n\nErrors: {sources}. Memory: by arithmetic"
 
 
 def depth_table() -> str:
@@ -311,6 +322,7 @@ TABLES = {
     "windows-10": lambda: windows_table("10 hidden, 20 epochs"),
     "kernels-compiled": compiled_table,
     "time-to-accuracy": time_table,
+    "accuracy-memory": accuracy_memory_table,
     "depth": depth_table,
     "alignment": alignment_table,
 }
@@ -383,8 +395,9 @@ def main() -> None:
     for path in changed:
         path.write_text(made[path], encoding="utf-8")
     if not can_draw():
-        sys.exit("bench.report: tables are written; error: the picture needs matplotlib (pip install matplotlib)")
+        sys.exit("bench.report: tables are written; error: the pictures need matplotlib (pip install matplotlib)")
     draw()
+    accuracy_memory.draw(AGAINST_MEMORY)
 
 
 if __name__ == "__main__":

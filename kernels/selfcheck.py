@@ -43,6 +43,7 @@ def sizes(half: bool, roomy: bool, multiprocessors: int = 1) -> dict[tuple[int, 
         for rows, outputs, inputs in grid:
             reached = [tiles.forward_tile(rows, outputs, half, roomy, curved, multiprocessors) for curved in (False, True)]
             more = rule.moments, roomy, multiprocessors, kind == "int8"
+            reached.append(tiles.forward_tile(rows, inputs, half, roomy, False, multiprocessors, transposed=True))
             reached.append(tiles.update_tile(rows, outputs, inputs, half, *more))
             for tile in reached:
                 found.setdefault((number, str(tile)), (rows, outputs, inputs))

@@ -277,6 +277,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "step-000000000005"
 
 
+def named(folder: Path, name: str, content: Path | None = None) -> None:
+    """Have the manifest name one file more, with a hash that is right where it is there."""
+    path = folder / name
+    if content is not None:
+        path.write_bytes(content.read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    told = {"bytes": 0, "sha256": ""}
+    if path.is_file() and not path.is_symlink():
+        told = {"bytes": path.stat().st_size, "sha256": checkpoint.sha256(path)}
+    manifest["files"][name] = told
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -288,6 +301,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lambda c: (c / "manifest.json").write_text('{"format": 1, "files": {"../../etc/passwd": {}, "state.json": {}}}'),
         lambda c: (c / "manifest.json").write_text('{"format": 1, "files": {"tensors.safetensors": 3, "state.json": {}}}'),
         lambda c: (c / "manifest.json").write_text('{"format": 2}'),
+        lambda c: named(c, "../state.json"),
+        lambda c: named(c, str(c / "state.json")),
+        lambda c: named(c, "manifest.json"),
+        lambda c: named(c, "tensors-1.safetensors"),  # is not there
+        lambda c: named(c, "tensors--1.safetensors", c / "tensors.safetensors"),
+        lambda c: named(c, "tensors-1.safetensors.", c / "tensors.safetensors"),
+        lambda c: named(c, "tensors-1.safetensors", c / "tensors.safetensors"),  # every tensor is there twice
+        lambda c: named(c, "tensors-1.safetensors", c / "state.json"),
+        lambda c: (os.mkfifo(c / "tensors-1.safetensors"), named(c, "tensors-1.safetensors")),
+        lambda c: ((c / "tensors-1.safetensors").symlink_to(c / "state.json"), named(c, "tensors-1.safetensors")),
         lambda c: (c / "manifest.json").write_text("[" * 100_000),
         lambda c: (c / "manifest.json").write_bytes(b"\xff\xfe"),
         lambda c: os.truncate(c / "manifest.json", 1 << 30),

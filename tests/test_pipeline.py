@@ -7,6 +7,7 @@ The processes are forked from this one, which has imported everything; torchrun 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,16 +18,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_checkpoints import text
 from test_train_script import fails
 from torch import nn
 
 import f3triton as f3
+from f3triton.base import faults
 from f3triton.base.data import Visit
 from f3triton.distributed import mesh
 from f3triton.distributed.links import Packet, pack, unpack
@@ -37,6 +40,7 @@ from f3triton.learn.peers import BackpropLearner
 from f3triton.learn.signal import Signal
 from f3triton.learn.step import F3Learner
 from f3triton.network.updater import Arithmetic
+from f3triton.run import checkpoint
 from f3triton.run.checkpoint import Checkpoints, newest, read
 from f3triton.run.tally import Diverged
 from f3triton.visits.windows import WindowOrder, Windows
@@ -474,6 +478,86 @@ def test_a_killed_worker_ends_the_others_and_any_number_go_on(
     assert "is gone (" in said(folder, 3)
     found = train(folder, f"threads:{victim + 2}")
     assert found == whole
+
+
+@forks
+def test_each_worker_writes_its_own_part(tmp_path: Path) -> None:
+    """Nobody has more than that on the way, and any number of workers goes on from it."""
+    whole = train(tmp_path / "whole", "off")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    assert together(2, lambda rank: train(folder, 2, pipeline_split="2,2"), folder) == [0, 0], said(folder, 2)
+    step = folder / "checkpoints" / "step-000000000015"
+    rest, *parts = (set(load_file(step / f"tensors{which}.safetensors")) for which in ("", "-0", "-1"))
+    assert sorted(path.name for path in step.glob("*.safetensors")) == [
+        "tensors-0.safetensors",
+        "tensors-1.safetensors",
+        "tensors.safetensors",
+    ]
+    assert not any(name.startswith(("network", "moments")) for name in rest)
+    assert {name.split(".")[2] for name in parts[0] if name.startswith("network.")} == {"0", "1"}
+    assert {name.split(".")[2] for name in parts[1] if name.startswith("network.")} == {"2", "3"}
+    assert "moments" in parts[0] - parts[1]
+    for workers in (1, 2, 3):
+        again = tmp_path / f"by {workers}"
+        shutil.copytree(step, again / "checkpoints" / step.name)
+        if workers == 1:
+            found = train(again, "off")
+        else:
+            assert together(workers, lambda rank, again=again: train(again, "auto"), again) == [0] * workers
+            found = json.loads((again / "0.json").read_text())
+        assert found["weights"] == whole["weights"]
+        assert {name: found["checkpoints"][name] for name in list(whole["checkpoints"])[3:]} == json.loads(
+            json.dumps({name: one for name, one in whole["checkpoints"].items() if name > step.name})
+        )
+
+
+@forks
+def test_a_worker_whose_disk_is_full(tmp_path: Path) -> None:
+    """One line, of everybody; nothing half-written is left, and a run with room goes on."""
+    whole = train(tmp_path / "whole", "off")
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(rank: int) -> object:
+        with stopping_at(12, lambda: setattr(checkpoint, "save_tensors", full), 2):
+            return train(tmp_path, "auto", pipeline_split="2,1,1")
+
+    assert together(3, work, tmp_path) == [1, 1, 1]
+    for rank, kind in enumerate(("InputError", "WorkerFailed", "WorkerFailed")):
+        text = (tmp_path / f"{rank}.log").read_text()
+        assert text.startswith(f"{kind}: worker 1: cannot write the checkpoint '{tmp_path / 'checkpoints'}/.step-")
+        assert text.endswith("tensors-1.safetensors': No space left on device\n")
+        assert text.count("\n") == 1
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(left) == ["step-000000000005", "step-000000000010"]
+    assert train(tmp_path, "threads:2") == whole
+
+
+@forks
+@pytest.mark.parametrize(("rank", "label"), [(1, "tensors"), (0, "begin"), (0, "tensors"), (0, "manifest"), (0, "renamed")])
+def test_a_worker_is_killed_while_a_checkpoint_is_written(
+    rank: int, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", "off")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    moments = count(1)
+
+    def kill(said: str) -> None:
+        if said == f"checkpoint:{label}" and next(moments) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(own: int) -> object:
+        faults.hook = kill if own == rank else None
+        return train(folder, "auto")
+
+    codes = together(2, work, folder)
+    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, 1)
+    assert train(folder, "threads:3") == whole
+    assert not list((folder / "checkpoints").glob(".*"))
 
 
 @forks

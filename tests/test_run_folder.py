@@ -90,12 +90,15 @@ def test_a_run_is_gone_once_there_is_an_evaluation(there: Path, monkeypatch: pyt
     assert json.loads((there / "config.json").read_text())["options"]["seed"] == 0
 
 
-def test_a_checkpoint_before_the_first_evaluation_is_something(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pipeline", ["off", "threads:2"])
+def test_a_checkpoint_before_the_first_evaluation_is_something(
+    pipeline: str, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise f3.InputError("no evaluation")
 
     monkeypatch.setattr(RunFolder, "keep", fail)
-    assert run(there, "--overwrite", "--checkpoint-every", "1", "--eval-every", "2") == 2
+    assert run(there, "--overwrite", "--checkpoint-every", "1", "--eval-every", "2", "--pipeline", pipeline) == 2
     assert {path.name for path in there.iterdir()} == {"config.json", "model.safetensors", "checkpoints"}
     monkeypatch.undo()
     assert script.main(["--resume", str(there)]) == 0

@@ -353,6 +353,16 @@ def test_refused_fits() -> None:
         f3.Trainer(f3.Sequential(f3.Linear(6, 3, "sigmoid")), device="cpu").fit((x, y), 1)
 
 
+def test_a_fit_that_was_refused_is_refused_again() -> None:
+    """And is not what was asked for before."""
+    data, trainer = problem(), f3.Trainer(mlp(), device="cpu")
+    trainer.fit(data, 1)
+    for _ in range(2):
+        with pytest.raises(f3.InputError, match="epochs must be a whole number of at least 1, got 0"):
+            trainer.fit(data, 0)
+    assert trainer.fit(data, 2).epochs == 2
+
+
 def test_refused_models() -> None:
     with pytest.raises(f3.InputError, match="at least one stage"):
         f3.Sequential()

@@ -27,6 +27,8 @@ from ..network.sequential import Sequential
 from .links import SLOTS, Clock, Gone, Packet, Receiver, Sender
 
 Then = Callable[[Packet], None]
+Files = dict[str, object]  # what a checkpoint's manifest says of files, by name
+Write = Callable[[str, int, dict[str, Tensor]], Files]  # a worker's tensors, to a file of its own in a folder
 
 
 class Alone:
@@ -47,9 +49,10 @@ class Alone:
         """The network's output for `x [M, ...]`, in eval mode."""
         raise NotImplementedError
 
-    def states(self, done: Callable[[dict[str, Tensor], dict[str, Tensor]], None]) -> None:
-        """The weights and the moments after the visits so far, by name."""
-        done(self.model.state_dict(), self.learner.state())
+    def states(self, folder: str, done: Callable[[Files], None]) -> None:
+        """Have each of several workers write its weights and moments to `folder`, as they are after the visits so far; `done`
+        gets the files, none of one worker."""
+        done({})
 
     def drain(self) -> None:
         """Return when everything is done."""
@@ -91,12 +94,14 @@ class Holding:
         found = re.match(r"(?:stages|heads)\.(\d+)\.", name)
         return int(found[1]) in self.learner.part if found else self.worker == 0
 
-    def states(self, moments: bool) -> dict[str, Tensor]:
-        """Copies of the own weights, under `network.`, and of the moments, under `moments.`."""
-        found = {f"network.{name}": t for name, t in self.model.state_dict().items() if self.owns(name)}
-        if moments:
-            found |= {f"moments.{name}": t for name, t in self.learner.state().items() if name or self.worker == 0}
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
+    def weights(self) -> dict[str, Tensor]:
+        """The own ones, under `network.`."""
+        return {f"network.{name}": t for name, t in self.model.state_dict().items() if self.owns(name)}
+
+    def states(self) -> dict[str, Tensor]:
+        """The own weights, and the moments under `moments.`; the count of steps, which all have, is worker 0's `moments`."""
+        moments = {f"moments.{name}".rstrip("."): t for name, t in self.learner.state().items() if name or self.worker == 0}
+        return self.weights() | moments
 
     def let_go(self) -> None:
         """Free the others' weights."""
@@ -122,8 +127,9 @@ def on_their_way(workers: int) -> int:
 
 
 class Ring(Alone):
-    """Worker 0's end. `learner` has the store and the first stages, `rows` is the number of rows of the store (0: none),
-    `classes`: whether targets are one-hot; `shared`: whether all workers have one model between them (threads).
+    """Worker 0's end. `learner` has the store and the first stages, `write` writes for a checkpoint, `rows` is the number of
+    rows of the store (0: none), `classes`: whether targets are one-hot; `shared`: whether all workers have one model between
+    them (threads).
     """
 
     def __init__(
@@ -133,13 +139,14 @@ class Ring(Alone):
         out: Sender,
         back: Receiver,
         clock: Clock,
+        write: Write,
         rows: int,
         classes: bool,
         shared: bool,
     ) -> None:
         super().__init__(learner, learner.model)
         self.workers, self.out, self.back, self.clock, self.classes = workers, out, back, clock, classes
-        self.holding, self.shared, self.needs = Holding(learner, 0), shared, Needs(rows)
+        self.holding, self.write, self.shared, self.needs = Holding(learner, 0), write, shared, Needs(rows)
         self.bound = on_their_way(workers)
         self.sent = self.returned = 0
         self.waiting: deque[Then] = deque()
@@ -185,15 +192,10 @@ class Ring(Alone):
     def forward(self, x: Tensor, done: Callable[[Tensor], None]) -> None:
         self._send(Packet("forward", {}, {"x": self.learner.forward(x)}), lambda packet: done(packet.tensors["x"]))
 
-    def states(self, done: Callable[[dict[str, Tensor], dict[str, Tensor]], None]) -> None:
-        def came_back(packet: Packet) -> None:
-            parts = [
-                {name.removeprefix(kind): t for name, t in packet.tensors.items() if name.startswith(kind)}
-                for kind in ("network.", "moments.")
-            ]
-            done(*parts)
-
-        self._send(Packet("states", {"moments": True}, self.holding.states(True)), came_back)
+    def states(self, folder: str, done: Callable[[Files], None]) -> None:
+        own: Files = {}
+        self._send(Packet("states", {"folder": folder, "files": {}}, {}), lambda packet: done(own | packet.about["files"]))
+        own |= self.write(folder, 0, self.holding.states())  # while the others write theirs
 
     def drain(self) -> None:
         while self.returned < self.sent:
@@ -201,7 +203,7 @@ class Ring(Alone):
 
     def whole(self) -> None:
         if not self.shared:
-            self._send(Packet("states", {"moments": False}, {}), lambda packet: self.holding.fill(packet.tensors))
+            self._send(Packet("weights", {}, {}), lambda packet: self.holding.fill(packet.tensors))
         self.drain()
 
     def end(self, about: dict[str, object]) -> list[dict[str, float]]:
@@ -245,9 +247,11 @@ class WorkerFailed(RuntimeError):
 class Helper:
     """A worker behind worker 0: the same `learn` over its own stages, for what comes in at `into`, results to `out`."""
 
-    def __init__(self, learner: F3Learner, worker: int, into: Receiver, out: Sender, clock: Clock, shared: bool) -> None:
+    def __init__(
+        self, learner: F3Learner, worker: int, into: Receiver, out: Sender, clock: Clock, write: Write, shared: bool
+    ) -> None:
         self.learner, self.worker, self.into, self.out, self.clock = learner, worker, into, out, clock
-        self.holding, self.shared = Holding(learner, worker), shared
+        self.holding, self.write, self.shared = Holding(learner, worker), write, shared
         if not shared:
             self.holding.let_go()
 
@@ -291,8 +295,12 @@ class Helper:
     def _forward(self, packet: Packet) -> Packet:
         return packet._replace(tensors={"x": self.learner.forward(packet.tensors["x"])})
 
+    def _weights(self, packet: Packet) -> Packet:
+        return packet._replace(tensors=packet.tensors | self.holding.weights())
+
     def _states(self, packet: Packet) -> Packet:
-        return packet._replace(tensors=packet.tensors | self.holding.states(packet.about["moments"]))
+        files = self.write(packet.about["folder"], self.worker, self.holding.states())
+        return packet._replace(about=packet.about | {"files": packet.about["files"] | files})
 
 
 def lines_of(times: list[dict[str, float]]) -> list[str]:

@@ -34,6 +34,7 @@ class Budget:
     parameters: int
     flops: int
     memory: dict[str, int]
+    alive: tuple[int, ...] = ()  # bytes of activations while each stage learns; one, of all, where all wait for the output
 
     @property
     def total_bytes(self) -> int:
@@ -71,7 +72,7 @@ def estimate(
     waits = signal is None or signal.current  # for the output, and keeps everything until then
     known = _storages(network.parameters())
     alive: dict[int, torch.UntypedStorage] = {}
-    activations, largest, h = 0, 0, x
+    activations, largest, h = [], 0, x
     table = [_line("stage", "", "inputs", "outputs", "parameters")]
     with FlopCounterMode(display=False) as counter:
         for number, stage in enumerate(network.stages, 1):
@@ -84,7 +85,7 @@ def estimate(
             largest = max(largest, h.nbytes if learns else 0)  # of the signals
             if not waits or number == len(network):
                 held = sum(storage.nbytes() for key, storage in alive.items() if key not in known)
-                activations = max(activations, held + largest)
+                activations.append(held + largest)
             count = sum(p.numel() for p in stage.parameters())
             table.append(_line(f"{number:3d}", type(stage).__name__, _sizes(inputs), _sizes(h), f"{count:,}"))
     flops = counter.get_total_flops()
@@ -104,6 +105,7 @@ def estimate(
     gradients = sum(p.numel() for p in every) if signal is None else max(_gradients(network, taught, scratch), default=0)
     parameters = sum(p.numel() for p in network.parameters())
     working, product = types.working.itemsize, (types.products or types.working).itemsize
+    alive_bytes = tuple(count * product // torch.float32.itemsize for count in activations)
     return Budget(
         table,
         parameters,
@@ -114,9 +116,10 @@ def estimate(
             "gradients": gradients * working,
             "feedback": feedback * types.parameters.itemsize + projection * working,
             "errors": error_bytes,
-            "activations": activations * product // torch.float32.itemsize,
+            "activations": max(alive_bytes),
             "data": data_bytes,
         },
+        alive_bytes,
     )
 
 
@@ -150,7 +153,8 @@ def with_local(
         narrow = share * (1 if candidates is None else (candidates + 1) / a.shape[-1])
         flops -= round(2 * reads * (1 - narrow) * own.get_total_flops())
     flops += own.get_total_flops()  # the output's gradient goes back too
-    memory = budget.memory | {"activations": (reach + network.reading_depth) * budget.memory["activations"]}
+    reached = max(sum(budget.alive[place : place + reach]) for place in range(len(budget.alive)))
+    memory = budget.memory | {"activations": reached + network.reading_depth * max(budget.alive)}
     return replace(budget, flops=flops, memory=memory)
 
 

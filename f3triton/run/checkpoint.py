@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-NNNNNNNNNNNN` with `tensors.safetensors` (weights, buffers, moments, errors, outputs whose loss
 has not been looked at yet, states of the random generators), `state.json` (where the run is, its records and settings) and
-`manifest.json` (the two files' sizes and SHA-256). It is written under another name, put on disk file by file, the manifest
-last, and then renamed: a folder of that name without a sound manifest was damaged later, and is named and passed over.
+`manifest.json` (the files' sizes and SHA-256). Each worker of a pipeline writes its weights, buffers and moments itself, to
+`tensors-WORKER.safetensors`. It is written under another name, put on disk file by file, the manifest last, and then renamed: a
+folder of that name without a sound manifest was damaged later, and is named and passed over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,12 @@ from ..base.faults import fault
 from ..base.files import LARGEST_JSON, check_tensors, parse_object, read_bytes, read_object
 from ..base.schema import ANY_OBJECT, ANYTHING, NUMBER, STRING, Fields, Many, Whole, check, maybe
 from ..base.text import short
+from ..distributed.ring import Files
 
 # In the order in which a checkpoint meets them (see `errors.faults`).
 CHECKPOINT_LABELS = (
     "checkpoint:begin",  # its folder is there, under another name
-    "checkpoint:tensors",  # written
+    "checkpoint:tensors",  # written; in a pipeline by each worker
     "checkpoint:state",  # written
     "checkpoint:synced",
     "checkpoint:manifest",  # written and synced, and the folder
@@ -47,12 +50,13 @@ CHECKPOINT_LABELS = (
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 BEST = "best.safetensors"  # the best model so far, where the run keeps one
+PARTS = re.compile(r"tensors(-[0-9]{1,6})?\.safetensors")
 NAME = re.compile(r"step-(\d{12})")
 CHUNK = 1 << 22
 UNITS = ("steps", "epochs", "minutes")
 
 _FILE = Fields({"bytes": Whole(), "sha256": STRING})
-_MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE}, {BEST: _FILE})})
+_MANIFEST = Fields({"format": Whole(), "files": Fields({TENSORS: _FILE, STATE: _FILE}, others=_FILE)})
 # What `state.json` holds: where the run is, its records, and what its parts give (see `state`).
 _TALLY = {
     "sizes": Many(Whole()),
@@ -148,31 +152,64 @@ def parse_every(text: str) -> tuple[int, str] | None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
-    """Write a checkpoint, and remove all but the last `keep`. Raises InputError where disk or folder do not allow it.
-
-    Those of later steps are removed too: they are of a run that went back to before them, because they were damaged.
-    """
-    final = folder / f"step-{steps:012d}"
-    temporary = folder / f".{final.name}.{uuid.uuid4().hex}.tmp"
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what disk or folder do not allow inside into an InputError that names the `path`."""
     try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write the checkpoint {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def begin(folder: Path) -> Path:
+    """A new folder in `folder` for a checkpoint, under another name; what was left half written is removed. Raises
+    InputError."""
+    temporary = folder / f".step-{uuid.uuid4().hex}.tmp"
+    with writing(temporary):
         if not folder.is_dir():
             folder.mkdir(parents=True)
             sync(folder.parent)
         remove_half_written(folder)
         temporary.mkdir()
         fault("checkpoint:begin")
-        save_tensors(snapshot.tensors, temporary / TENSORS)
+    return temporary
+
+
+def write_part(temporary: str, worker: int, tensors: dict[str, Tensor]) -> Files:
+    """Write a worker's tensors in a folder that `begin` has made; returns what the manifest says of them. Raises InputError."""
+    return _write_tensors(Path(temporary) / f"tensors-{worker}.safetensors", tensors)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> Files:
+    with writing(path):
+        save_tensors(tensors, path)
         fault("checkpoint:tensors")
+        return {path.name: _sealed(path)}
+
+
+def _sealed(path: Path) -> dict[str, object]:
+    """Put a file on disk; its size and hash."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def finish(temporary: Path, parts: Files, snapshot: Snapshot, steps: int, keep: int) -> None:
+    """Write all else of a checkpoint to the folder that `begin` has made, where the `parts` are; give it its name, and remove
+    all but the last `keep`. Raises InputError where disk or folder do not allow it.
+
+    Those of later steps are removed too: they are of a run that went back to before them, because they were damaged.
+    """
+    folder = temporary.parent
+    final = folder / f"step-{steps:012d}"
+    files = parts | _write_tensors(temporary / TENSORS, snapshot.tensors)
+    with writing(final):
         text = json.dumps({"format": FORMAT, **snapshot.state}, allow_nan=True)
         (temporary / STATE).write_text(text, encoding="utf-8")
         fault("checkpoint:state")
-        files = {}
+        files[STATE] = _sealed(temporary / STATE)
         if snapshot.best is not None and snapshot.best.exists():
             shutil.copyfile(snapshot.best, temporary / BEST)
-        for name in sorted(path.name for path in temporary.iterdir()):
-            sync(temporary / name)
-            files[name] = {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+            files[BEST] = _sealed(temporary / BEST)
         fault("checkpoint:synced")
         (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
         sync(temporary / MANIFEST)
@@ -189,10 +226,6 @@ def write(folder: Path, snapshot: Snapshot, steps: int, keep: int) -> Path:
                 remove(later)
         keep_last(folder, steps, keep)
         fault("checkpoint:removed")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write the checkpoint {str(final)!r}: {getattr(error, 'strerror', None) or error}") from None
-    return final
 
 
 def tidy(folder: Path, steps: int, keep: int) -> None:
@@ -293,10 +326,13 @@ def read(folder: Path) -> Snapshot:
         if manifest.get("format") != FORMAT:
             raise InputError(f"it has the format {short(manifest.get('format'))}; this version reads {FORMAT}")
         check(_MANIFEST, manifest, f"its {MANIFEST}")
-        text = read_bytes(folder / STATE, LARGEST_JSON)
-        sizes = {TENSORS: check_tensors(folder / TENSORS), STATE: len(text)}
+        text, parts = read_bytes(folder / STATE, LARGEST_JSON), []
         for name, told in manifest["files"].items():
-            size = check_tensors(folder / BEST) if name == BEST else sizes[name]
+            if PARTS.fullmatch(name):
+                parts.append(name)
+            elif name not in (STATE, BEST):
+                raise InputError(f"its {MANIFEST} names {short(name)}; allowed: {STATE}, {BEST}, tensors-WORKER.safetensors")
+            size = len(text) if name == STATE else check_tensors(folder / name)
             if size != told["bytes"]:
                 raise InputError(f"{name} has {size} bytes, not {told['bytes']}")
             if sha256(folder / name) != told["sha256"]:
@@ -305,8 +341,13 @@ def read(folder: Path) -> Snapshot:
         check(STATE_HOLDS, state, STATE)
         if folder.name != f"step-{state['steps']:012d}":
             raise InputError(f"{STATE} is that of step {state['steps']}")
-        best = folder / BEST if BEST in manifest["files"] else None
-        return Snapshot(load_file(folder / TENSORS), state, best)
+        tensors: dict[str, Tensor] = {}
+        for name in parts:
+            own = load_file(folder / name)
+            if twice := tensors.keys() & own.keys():
+                raise InputError(f"the tensor {short(min(twice))} is in {name} and in another file")
+            tensors |= own
+        return Snapshot(tensors, state, folder / BEST if BEST in manifest["files"] else None)
     except (InputError, OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {str(folder)!r} is damaged: {error}") from None
 

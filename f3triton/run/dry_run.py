@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, StreamDataset
-from ..error_store import check_home, is_folder, pick_home
+from ..error_store import check_home, is_folder
 from ..models.build import build
 from ..network.sequential import Sequential
 from ..visits.streams import check_stream
 from ..visits.windows import steps_per_epoch
 from .budget import Budget, describe, estimate, with_local, with_rest
+from .plan import add_readings, errors_of
 from .report import store_line
 from .settings import Settings
-from .trainer import add_readings, error_codec
 
 
 def dry_run(
@@ -35,18 +35,12 @@ def dry_run(
     return [*describe(budget), line, visits]
 
 
-def _rows(settings: Settings, samples: int) -> int:
-    """How many samples have an error row at a time."""
-    return samples if settings.windows is None else settings.windows.rows(samples)
-
-
 def _errors(options: argparse.Namespace, settings: Settings, train_set: Dataset) -> tuple[int, str]:
     """Bytes of the error store in memory, and a line about it."""
-    if not settings.keeps_errors:
+    found = errors_of(settings, train_set, settings.types.working)
+    if found is None:
         return 0, "error store: none"
-    rows = _rows(settings, len(train_set))
-    codec = error_codec(settings.error_dtype, train_set, settings.types.working, settings.error_rank, settings.seed)
-    home = pick_home(settings.error_store, rows * codec.row_bytes, settings.resolved_device)
+    home, rows, codec = found
     if not options.overwrite and options.resume is None:
         check_home(home, rows, codec)
     return 0 if is_folder(home) else rows * codec.row_bytes, store_line(home, rows, codec)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import Tensor
-
 from ..base.data import Visit
-from ..distributed.ring import Alone
+from ..distributed.ring import Alone, Files
 from ..learn.step import Learner
 from ..network.sequential import Sequential
 
@@ -52,9 +50,9 @@ class Gathered(Alone):
         with self.learner.launch.explained():
             work()
 
-    def states(self, done: Callable[[dict[str, Tensor], dict[str, Tensor]], None]) -> None:
+    def states(self, folder: str, done: Callable[[Files], None]) -> None:
         self.drain()
-        super().states(done)
+        super().states(folder, done)
 
     def drain(self) -> None:
         while self.visits or self.finish is not None:

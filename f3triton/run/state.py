@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from ..base.schema import check
 from ..base.seeds import one_at_a_time
 from ..base.text import short
 from ..distributed.replicas import DataParallel
-from ..distributed.ring import Alone
+from ..distributed.ring import Alone, Files
 from ..error_store import ErrorStore
 from ..learn.step import Learner
 from ..visits.order import Order
@@ -142,8 +144,9 @@ class Generators:
             torch.cuda.set_rng_state(tensors["cuda"], self.device)
 
 
-# What has gone ahead when the last worker has done a step; all else waits for it.
+# What has gone ahead when the last worker has done a step; all else waits for it, but for what each has of its own.
 AT_ONCE = ("stream", "random")
+OWN = ("network", "moments")
 AGAIN = 2.0  # seconds: a launcher sends the signal that its processes have got from the terminal once more
 
 
@@ -184,6 +187,7 @@ class Keeper:
         self.steps_per_epoch = steps_per_epoch
         self.needs: dict[int, int] = {}  # the epochs of the store that the checkpoints in the folder are in, by their steps
         self.pressed, self.pressed_at = 0, -AGAIN  # times that somebody asked to stop
+        self.draft: Path | None = None  # the folder of a checkpoint that is not whole yet
 
     def after_step(self, steps: int) -> None:
         """After so many steps, before the next: write a checkpoint if one is due. Raises KeyboardInterrupt after Ctrl-C."""
@@ -222,26 +226,36 @@ class Keeper:
 
     def save(self) -> None:
         """Write a checkpoint of this moment, as soon as all of it is there: other workers, and rows that are on their way, may
-        be some steps behind."""
+        be some steps behind. Where the one before is not whole yet, it is waited for."""
+        if self.draft is not None:
+            self.flow.drain()
         now = {name: part.state() for name, part in self.parts.items() if name in AT_ONCE}
-        self.flow.states(partial(self._write, now))
+        self.draft = checkpoint.begin(self.checkpoints.folder)
+        self.flow.states(str(self.draft), partial(self._write, now))
 
-    def _write(self, now: dict[str, State], weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Write the checkpoint of the step that has just come back from all workers."""
+    def _write(self, now: dict[str, State], files: Files) -> None:
+        """Write the checkpoint of the step that has just come back from all workers, which have left `files`."""
         tensors: dict[str, Tensor] = {}
         state: dict[str, Any] = {"settings": self.settings}
-        now |= {"network": (weights, {}), "moments": (moments, {})}
+        now |= dict.fromkeys(OWN, ({}, {})) if files else {}
         for name, part in self.parts.items():
             own, numbers = now[name] if name in now else part.state()
             tensors |= {f"{name}.{key}" if key else name: tensor for key, tensor in own.items()}
             state |= numbers
         steps = self.result.steps
-        checkpoint.write(self.checkpoints.folder, Snapshot(tensors, state, self.checkpoints.best), steps, self.checkpoints.keep)
+        snapshot = Snapshot(tensors, state, self.checkpoints.best)
+        checkpoint.finish(self.draft, files, snapshot, steps, self.checkpoints.keep)
+        self.draft = None
         self.checkpoints.on_write()
         if self.store is not None:
             there = {number for number, _ in checkpoint.found_in(self.checkpoints.folder)}
             self.needs = {number: epoch for number, epoch in self.needs.items() if number in there} | {steps: self.store.epoch}
             self.release()
+
+    def abandon(self) -> None:
+        """Remove what there is of a checkpoint that could not be made; nobody writes any more."""
+        if self.draft is not None:
+            shutil.rmtree(self.draft, ignore_errors=True)
 
     def release(self) -> None:
         """Tell the store which epochs the checkpoints that are kept may go back to."""

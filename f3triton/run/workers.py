@@ -23,8 +23,9 @@ from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_thei
 from ..distributed.shared import SharedReceiver, SharedSender, available, connect
 from ..distributed.split import best_split, check_split, milliseconds
 from ..learn.step import Learner
-from .checkpoint import Snapshot
+from .checkpoint import Snapshot, write_part
 from .identity import settings_of
+from .plan import Plan
 from .settings import Settings
 from .state import Moments, Network, handling, require_same, restore
 from .tally import Diverged
@@ -42,7 +43,7 @@ def replicas_of(seat: Place, settings: Settings) -> DataParallel | None:
     )
 
 
-def arrange(trainer: Any, plan: Any) -> list[int] | None:
+def arrange(trainer: Any, plan: Plan) -> list[int] | None:
     """How many stages each worker of a pipeline gets; None without one. Every process calls this, and all get the same.
 
     Raises InputError where the network cannot be divided like that, or settings, data or weights differ between processes.
@@ -86,14 +87,29 @@ def arrange(trainer: Any, plan: Any) -> list[int] | None:
     return best_split(costs, seat.workers, first, last)
 
 
-def measured(trainer: Any, plan: Any) -> list[float]:
+def measured(trainer: Any, plan: Plan) -> list[float]:
     """Milliseconds a batch of every stage."""
     x, row = first_batch(trainer, plan)
     with one_thread_each(trainer.seat), matmul_precision(trainer.precision):
         return milliseconds(trainer.model, x, row, plan.signal, trainer.arithmetic())
 
 
-def reuse_lines(trainer: Any, plan: Any) -> list[str]:
+def describe(trainer: Any, plan: Plan) -> list[str]:
+    """What each of several workers does: a line for a pipeline, with what comes of its order, and one for replicas."""
+    seat, replicas, lines = trainer.seat, trainer.replicas, []
+    if plan.split is not None:
+        kind = "threads" if seat.threads else "processes"
+        each = ", ".join(f"{cost:g}" for cost in trainer.stage_milliseconds)
+        why = f"; by the milliseconds of a batch in each stage: {each}" if each else ""
+        lines.append(f"pipeline of {seat.workers} {kind}: {', '.join(map(str, plan.split))} stages{why}")
+        lines += reuse_lines(trainer, plan)
+    if replicas is not None and trainer.method != "bp":
+        rows = trainer.batch_size * plan.train.positions
+        lines.append(replicas.describe(trainer.model, rows, rows_are_alike(trainer, plan)))
+    return lines
+
+
+def reuse_lines(trainer: Any, plan: Plan) -> list[str]:
     """After how many steps a batch needs the last of the rows that it reads, and whether a pipeline has to wait for them."""
     if plan.errors is None:
         return []
@@ -113,7 +129,7 @@ def reuse_lines(trainer: Any, plan: Any) -> list[str]:
     return lines
 
 
-def first_batch(trainer: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def first_batch(trainer: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """`(x [M, ...], row [rows, R])`: the first samples, and errors as good as any."""
     train, dtype = plan.train, working_dtype(trainer.model)
     index = torch.arange(min(trainer.batch_size, len(train)), device=train.device)
@@ -122,7 +138,7 @@ def first_batch(trainer: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return train.fetch(index, dtype).to(trainer.device), row
 
 
-def rows_are_alike(trainer: Any, plan: Any) -> bool:
+def rows_are_alike(trainer: Any, plan: Plan) -> bool:
     """See `replicas.rows_alike`."""
     modes = [(module, module.training) for module in trainer.model.modules()]
     trainer.model.eval()
@@ -154,7 +170,7 @@ def digest(model: torch.nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
+def lead(trainer: Any, plan: Plan) -> tuple[Alone, list[Learner], Leave]:
     """`(flow, others, leave)` of worker 0: how steps are done, what learns in other threads, and what is to be done at the end,
     whatever has happened."""
     seat, learner = trainer.seat, trainer.learner
@@ -171,11 +187,12 @@ def lead(trainer: Any, plan: Any) -> tuple[Alone, list[Learner], Leave]:
         out, back = links[0], links[-1]
         for worker in range(1, seat.workers):
             others.append(trainer.learner_of(plan, worker))
-            helper = Helper(others[-1], worker, links[worker - 1], links[worker], clocks[worker], shared=True)
+            helper = Helper(others[-1], worker, links[worker - 1], links[worker], clocks[worker], write_part, shared=True)
             threads.append(threading.Thread(target=helper.serve, name=f"f3triton-worker-{worker}", daemon=True))
     else:
         out, back = ends(trainer, clock)
-    ring = Ring(learner, seat.workers, out, back, clock, rows, plan.train.task != "regression", seat.threads)
+    classes = plan.train.task != "regression"
+    ring = Ring(learner, seat.workers, out, back, clock, write_part, rows, classes, seat.threads)
     threads_of_torch = one_thread_each(seat)
     threads_of_torch.__enter__()
     for thread in threads:
@@ -215,7 +232,7 @@ def ends(trainer: Any, clock: Clock) -> tuple[Sender, Receiver]:
     return sender, GlooReceiver(seat.peer(before), group, clock, names[1], trainer.device, SLOTS if seat.worker else 0)
 
 
-def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Snapshot | None) -> None:
+def help_along(trainer: Any, plan: Plan, settings: dict[str, object], resume: Snapshot | None) -> None:
     """Be a worker behind worker 0 until the end, and have the whole network then.
 
     Raises what worker 0 has raised: Diverged, or WorkerFailed with the words of another error.
@@ -228,7 +245,7 @@ def help_along(trainer: Any, plan: Any, settings: dict[str, object], resume: Sna
         restore({"network": Network(trainer.model), "moments": Moments(trainer.learner)}, resume)
     clock = Clock()
     out, into = ends(trainer, clock)
-    helper = Helper(trainer.learner, seat.worker, into, out, clock, shared=False)
+    helper = Helper(trainer.learner, seat.worker, into, out, clock, write_part, shared=False)
     # Worker 0 is told of them as well, and says what to do.
     with handling(lambda *_: None, signal.SIGINT, signal.SIGTERM), matmul_precision(trainer.precision):
         about = helper.serve()

@@ -256,7 +256,7 @@ def linear_forward(
     inputs_unit = unit(inputs, x.stride(0), 0 if transposed else stored.stride(0))
     half = x.dtype != torch.float32
     curved = activation in tiles.CURVED
-    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved, _multiprocessors(x.device))
+    tile = tiles.forward_tile(rows, outputs, half, _roomy(x.device), curved, _multiprocessors(x.device), transposed)
     many = half and not (curved and sent.kind)  # slopes and made entries at once would spill
     block_m, block_n, block_k = tile.blocks
     kernels.forward[(triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_m),)](

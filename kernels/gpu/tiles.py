@@ -28,6 +28,7 @@ FORWARD = {
     "narrow": Tile((16, 32, 64), 4, 5),
     "medium": Tile((64, 64, 32), 8, 3),
     "medium, half": Tile((64, 64, 64), 4, 4),
+    "medium, transposed": Tile((64, 64, 32), 8, 2),  # float32, a weight whose columns are contiguous
     "large": Tile((128, 128, 32), 8, 3),  # 48 KiB of shared memory: fits every architecture in the report
     "roomy": Tile((128, 128, 64), 8, 4),  # 128 KiB
     # gelu and its kin, whose slope comes from the pre-activation: both in registers leave room for half the columns
@@ -41,6 +42,7 @@ CURVED = ("gelu", "gelu-tanh", "silu")
 UPDATE = {
     "small": Tile((32, 32, 32), 4, 3),
     "medium": Tile((64, 64, 32), 8, 4),
+    "medium, half": Tile((64, 64, 32), 8, 4, 2),
     # many rows: the product is the most of the work
     "roomy": Tile((128, 256, 64), 8, 3, 8),
     "roomy, more": Tile((128, 128, 64), 8, 4, 4),
@@ -53,9 +55,9 @@ UPDATE = {
 STREAMING_ROWS = 256
 ROOMY = 160 << 10  # bytes of shared memory: what an A100, H100, H200 or B200 has, and consumer cards have not
 STRIDE = 1 << 23  # elements; a tile has at most 256 rows or columns, and offsets in it 32 bits
-ELEMENTWISE = 1024
+ELEMENTWISE = 512
 # (rows, units) of a stage's head, by the block of classes
-HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 32), 4, 2), 128: Tile((16, 32), 4, 2)}
+HEAD = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 4, 2), 64: Tile((16, 32), 4, 2), 128: Tile((16, 32), 8, 2)}
 HEAD_HALF = {16: Tile((16, 64), 4, 3), 32: Tile((16, 64), 8, 2), 64: Tile((16, 32), 8, 2), 128: Tile((16, 16), 8, 2)}
 HEAD_CLASSES = max(HEAD)  # of a head in one launch: all are in registers
 OUTPUT = 1024  # elements of the last layer's outputs that a program holds at a time
@@ -86,17 +88,24 @@ def _programs(tile: Tile, *sizes: int) -> int:
 
 
 def forward_tile(
-    rows: int, outputs: int, half: bool, roomy: bool = False, curved: bool = False, multiprocessors: int = 1
+    rows: int,
+    outputs: int,
+    half: bool,
+    roomy: bool = False,
+    curved: bool = False,
+    multiprocessors: int = 1,
+    transposed: bool = False,
 ) -> Tile:
     """For `h [rows, outputs]`; `half`: products in half precision; `roomy`: the device has `ROOMY` shared memory a program.
 
-    `curved`: the activation is one of `CURVED`. Where larger tiles are too few for the device's `multiprocessors`, smaller.
+    `curved`: the activation is one of `CURVED`; `transposed`: the weight's columns are contiguous, not its rows. Where larger
+    tiles are too few for the device's `multiprocessors`, smaller.
     """
     large = FORWARD[("roomy" if roomy else "large") + ", curved" * curved]
     # float32 products have no tensor cores, and larger tiles would spill
     if half and min(rows, outputs) >= 256 and 2 * _programs(large, rows, outputs) >= multiprocessors:
         return large
-    medium = FORWARD["medium" + (", curved" if curved else ", half" * half)]
+    medium = FORWARD["medium" + (", curved" if curved else ", half" if half else ", transposed" * transposed)]
     if rows > 16 and outputs > 32 and 2 * _programs(medium, rows, outputs) >= multiprocessors:
         return medium
     return FORWARD["narrow" if _programs(FORWARD["narrow"], rows, outputs) >= 0.9 * multiprocessors else "small"]
@@ -117,11 +126,12 @@ def update_tile(
     `more` counts the rule's moments, and one for stochastic rounding; `int8`: moments are. A weight that is short one way gets
     small tiles only where larger ones would be half empty, or too few for the device.
     """
+    medium = UPDATE["medium" + ", half" * half]
     if min(outputs, inputs) <= 256:
-        enough = min(outputs, inputs) > 32 and _programs(UPDATE["medium"], outputs, inputs) >= multiprocessors
-        return UPDATE["medium" if enough else "small"]
+        enough = min(outputs, inputs) > 32 and _programs(medium, outputs, inputs) >= multiprocessors
+        return medium if enough else UPDATE["small"]
     if not (half and roomy):
-        return UPDATE["medium"]
+        return medium
     if rows > STREAMING_ROWS and int8:
         return UPDATE["roomy, int8"]
     if rows > STREAMING_ROWS:
@@ -135,10 +145,10 @@ def error_columns(width: int, half: bool, largest: int, stored: bool = True) -> 
     """How many of an error's `width` columns a product with the feedback takes at a time: more for many, where none spills.
 
     `half` as in `forward_tile`; `largest` is the tile's longest side in rows and outputs, `stored` whether the feedback is a
-    matrix of floats. Without tensor cores, and in the largest tiles, all registers are taken.
+    matrix of floats. What is made or widened, sums without tensor cores, and the largest tiles take the registers.
     """
-    wide = largest <= 64 and (half or stored)
-    return min(max(16, 1 << (width - 1).bit_length()), 64) if wide else 16
+    most = (16, 32, 64)[half + stored] if largest <= 64 else 16
+    return min(max(16, 1 << (width - 1).bit_length()), most)
 
 
 def head_tile(classes: int, half: bool) -> tuple[int, Tile]:

@@ -34,7 +34,8 @@ def test_passes(dtype: torch.dtype) -> None:
     assert selfcheck.fault(DEVICE, dtype, "ieee") is None
 
 
-# arguments that lead to every tile of float32
+# arguments that lead to every tile of float32, and to that of a weight read transposed
+TRANSPOSED = 70, 300, False, False, False, 8, True
 CHOICES = {
     "forward_tile": [(13, 20, False), (13, 300, False), (70, 300, False), (70, 300, False, False, True)],
     "update_tile": [(13, 20, 40, False), (13, 300, 300, False)],
@@ -54,6 +55,8 @@ def test_a_fault_in_any_tile_is_found(chooser: str, monkeypatch: pytest.MonkeyPa
     operation = {"forward_tile": "linear_forward", "update_tile": "outer_product_update_"}[chooser]
     original = getattr(triton_ops, operation)
     seen = {str(right(*size, multiprocessors=8)) for size in CHOICES[chooser]}
+    if chooser == "forward_tile":
+        seen.add(str(right(*TRANSPOSED)))
     for tile in sorted(seen):
 
         @functools.wraps(original)
