@@ -1,7 +1,7 @@
 """What was tried beside errors at the stage itself: losses and blends that others propose (`python -m bench.local tried`).
 
-Every idea changes the gradient that a stage gets from its own head, and nothing else. None of them is an option of the library:
-the table of that task says why.
+An idea changes the gradient that a stage gets from its own head, or what its head is, and nothing else. None of them is an
+option of the library: the table of that task says why.
 """
 
 from __future__ import annotations
@@ -12,24 +12,30 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import f3triton as f3
 from f3triton.learn.local import Hearing, Local
 from f3triton.network.stage import Stage
 from f3triton.network.updater import Step
+from f3triton.run.trainer import add_readings
 
 RECONSTRUCTION, SIMILARITY, BLEND = 0.3, 0.99, 0.3  # shares of what is added
+TRUNK = 64  # units
 
 
 class Remembering(Hearing):
-    """A hearing that keeps the network's input for `Tried`."""
+    """A hearing that keeps the network's input for `Tried`, and with a reach of 2 may forget what each stage's own head said:
+    then a stage hears the head behind the next one only."""
 
     def pass_through(self, place: int, stage: Stage, x: Tensor) -> Tensor:
         if place == 0:
             self.local.x = x
-        return super().pass_through(place, stage, x)
+        h = super().pass_through(place, stage, x)
+        if self.local.idea is following and place >= self.local.unread:
+            self.heard[-1] = torch.zeros_like(self.heard[-1])
+        return h
 
 
 class Tried(Local):
@@ -40,12 +46,13 @@ class Tried(Local):
 
     def __init__(self, loss: str, model: f3.Sequential, *arguments: object) -> None:
         super().__init__(loss, model, *arguments)
-        self.model, self.decoders = model, {}
+        self.model, self.decoders, self.rate = model, {}, 0.0
 
     def begin(self, target: Tensor, step: Step) -> Hearing:
         return Remembering(self, target, step)
 
     def gradient(self, place: int, h: Tensor, target: Tensor, step: Step) -> Tensor:
+        self.lr, self.rate = step.update.lr, max(self.rate, step.update.lr)
         return self.idea(self, place, h, target, super().gradient(place, h, target, step))
 
 
@@ -86,6 +93,17 @@ def quieter(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) ->
     return own * (place + 1) / (local.read + 1)
 
 
+def fading(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """The same, from nothing at the beginning: what early stages say falls as the learning rate does."""
+    left = (place + 1) / (local.read + 1)
+    return own * (left + (1 - left) * local.lr / local.rate)
+
+
+def following(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """Each stage is read through the next one, and that one's own head (with a reach of 2: see `Remembering`)."""
+    return own
+
+
 def blend(local: Tried, place: int, h: Tensor, target: Tensor, own: Tensor) -> Tensor:
     """In part the error that the sample left at the output at its last visit, as F3's, but through the stage's head."""
     index, errors = local.model.seen, local.model.errors
@@ -120,7 +138,33 @@ def remember(train: f3.Dataset, model: f3.Sequential) -> None:
     train.fetch, last.keep = fetched, kept
 
 
-IDEAS = {"similarity": similarity, "reconstruction": reconstruction, "quieter": quieter, "blend": blend}
+def one_trunk(model: f3.Sequential, *arguments: object) -> None:
+    """All heads end with the same two layers, which learn from each."""
+    add_readings(model, *arguments)
+    outputs = model.heads[0].linear.out_features
+    trunk = nn.Sequential(nn.ReLU(), nn.Linear(TRUNK, TRUNK), nn.ReLU(), nn.Linear(TRUNK, outputs))
+    for place, head in enumerate(model.heads):
+        head.linear = nn.Linear(head.linear.in_features, TRUNK)
+        model.heads[place] = f3.Block(nn.Sequential(head, trunk))
+
+
+def one_block(model: f3.Sequential, *arguments: object) -> None:
+    """The stage in front of the heads is the same one for all, and learns from each; the stages have outputs of one shape."""
+    add_readings(model, *arguments)
+    first, *others = list(model.heads)[model.unread :]
+    for head in others:
+        head.module[0] = first.module[0]
+
+
+IDEAS = {
+    "similarity": similarity,
+    "reconstruction": reconstruction,
+    "quieter": quieter,
+    "fading": fading,
+    "following": following,
+    "blend": blend,
+}
+HEADS = {"one trunk": one_trunk, "one block": one_block}
 
 
 @contextmanager
@@ -132,7 +176,9 @@ def changed(idea: str | None, train: f3.Dataset, model: f3.Sequential) -> Iterat
     if idea == "blend":
         train = copy.copy(train)
         remember(train, model)
-    with mock.patch(
-        "f3triton.run.trainer.Local", type("Idea", (Tried,), {"idea": staticmethod(IDEAS[idea]), "shape": train.shape})
-    ):
+    if idea in HEADS:
+        changes = {"add_readings": HEADS[idea]}
+    else:
+        changes = {"Local": type("Idea", (Tried,), {"idea": staticmethod(IDEAS[idea]), "shape": train.shape})}
+    with mock.patch.multiple("f3triton.run.trainer", **changes):
         yield train

@@ -177,7 +177,7 @@ PLACES = {
     "target": ["y", "label", "a", "a,b", "z"],
     "features": ["a", "b", "a,b", "y"],
     "feedback": ["kaiming", "cartesian-product", "identity-repeat-pm", "nothing"],
-    "checkpoint_every": ["1", "1e", "0", "2steps", "99999999999999999", "e"],
+    "checkpoint_every": ["1", "1e", "10min", "never", "0", "2steps", "0min", "99999999999999999", "e"],
     "recipe": ["mnist", "mnist/bp", "nothing", "mnist/", "/"],
     "output_dir": ["new", ".", "digits", "table.csv", "/proc/x", "a/b/c"],
     "window": ["auto", "off", "20", "0", "99999999999"],

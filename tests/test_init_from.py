@@ -49,6 +49,48 @@ def test_a_last_layer_of_other_sizes_is_new(tmp_path: Path, capsys: pytest.Captu
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (["--hidden", "12", "9", "--activation", "relu", "--norm", "layer"], ["--hidden", "12", "9"]),
+        (["--method", "local", "--hidden", "12"], []),  # with other defaults: relu, layer
+        (["--model", "convnet", "--channels", "3", "--hidden", "5"], ["--model", "convnet"]),
+        (["--model", "vit", "--patch-size", "4", "--dim", "8", "--depth", "1", "--position-embedding"], []),
+        (["--text", "text.txt", "--context", "8", "--dim", "8", "--depth", "1", "--tied"], ["--text", "text.txt"]),
+    ],
+)
+def test_the_network_is_that_of_the_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: list[str], said: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a bird sat on a branch. " * 40)
+    few = ["--max-train-samples", "60", "--max-test-samples", "20", "--epochs", "1", "--quiet", "--which", "last"]
+    assert main([*few[:-2], *network, "--output-dir", "a"]) == 0
+    assert main([*few, *said, "--init-from", "a", "--method", "bp", "--lr", "0", "--output-dir", "b"]) == 0
+    a, b = (json.loads(Path(name, "config.json").read_text())["network"] for name in "ab")
+    assert {name: value for name, value in a.items() if name != "exits"} == b
+    a, b = (load_file(Path(name, "model.safetensors")) for name in "ab")
+    assert all(tensor.equal(b[name]) for name, tensor in a.items() if name.startswith("stages."))
+
+
+def test_what_is_given_is_not_taken_from_the_other_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(tmp_path / "a", "--quiet", "--activation", "relu") == 0
+    begin = ["--quiet", "--epochs", "1", "--max-train-samples", "60", "--init-from", str(tmp_path / "a")]
+    assert main([*begin, "--activation", "gelu", "--output-dir", str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["network"]["activation"] == "gelu"
+    wrong = {
+        ("--model", "convnet"): "stages.0",
+        ("--hidden", "13"): "stages.0.bias is [12] there, and [13] here",
+        ("--init-from", str(tmp_path / "none")): "does not exist",
+    }
+    for options, line in wrong.items():
+        assert main([*begin, *options, "--output-dir", str(tmp_path / "c")]) == 2
+        error = capsys.readouterr().err
+        assert line in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "c").exists()
+
+
 def test_more_epochs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     constant = ["--lr-schedule", "constant", "--quiet"]
     assert run(tmp_path / "whole", *constant, "--epochs", "3") == 0

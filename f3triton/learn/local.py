@@ -11,7 +11,7 @@ their gradients and its own; activations of R stages are alive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,27 +52,34 @@ class Local:
             with drawing(h.device, self.narrow.seed, "dropout of readings", step.number, place):  # the same masks everywhere
                 return step.replicas.own(self.gradient(place, whole, target, step.alone()))
         if self.direct:
+            head = self.heads[place]
             if self.narrow.all:
-                return self.heads[place].visit(h, target, self.loss, step)
-            rows = h.flatten(0, -2)  # [M, N]
-            which, _ = self.narrow.draw(len(rows), target.shape[-1], h.device, step.number, place)
-            read = self.heads[place].visit(rows[which][:, None], target[which], self.loss, step)
-            return torch.zeros_like(rows).index_copy_(0, which, read.flatten(0, 1)).view(h.shape)
+                return head.visit(h, target, self.loss, step)
+            return self._narrowly(
+                h, target, place, step, lambda rows, target, _: head.visit(rows[:, None], target, self.loss, step).flatten(0, 1)
+            )
         path: Sequence[Stage] = self.reader or [self.heads[place]]
         a, passed = h, []
         for part in path if self.ending is None else path[:-1]:
             a, kept = part.keep(a, step, wants_input=True)
             passed.append((part, kept))
-        rows = a.flatten(0, -2)  # [M, C], or what the ending reads
         if self.ending is None:
-            gradient = step.ops.output_step(rows.to(target.dtype), target, self.loss, "none")[0].view(a.shape)
+            rows = a.flatten(0, -2).to(target.dtype)  # [M, C]
+            gradient = step.ops.output_step(rows, target, self.loss, "none")[0].view(a.shape)
         else:
-            which, chosen = self.narrow.draw(len(rows), target.shape[-1], h.device, step.number, place)
-            read = self.ending.gradient(rows[which], target[which], chosen, self.loss, step)
-            gradient = torch.zeros_like(rows).index_copy_(0, which, read).view(a.shape)
+            gradient = self._narrowly(a, target, place, step, lambda *of: self.ending.gradient(*of, self.loss, step))
         for part, kept in reversed(passed):
             gradient = part.back(kept, gradient, step) if self.reader else part.finish(kept, gradient, step, wants_input=True)
         return gradient
+
+    def _narrowly(
+        self, h: Tensor, target: Tensor, place: int, step: Step, read: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    ) -> Tensor:
+        """The gradient at `h [batch, tokens, N]` of what `read` gives at the rows that are drawn, 0 at others. It gets those
+        rows `[P, N]` and targets `[P, C]`, and candidates."""
+        rows = h.flatten(0, -2)  # [M, N]
+        which, chosen = self.narrow.draw(len(rows), target.shape[-1], h.device, step.number, place)
+        return torch.zeros_like(rows).index_copy_(0, which, read(rows[which], target[which], chosen)).view(h.shape)
 
 
 class Hearing:

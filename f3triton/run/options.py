@@ -236,7 +236,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         help="keep the model with the best test figure in best.safetensors, which f3.load takes; where the test split is also "
         "what you report, that picks by it: the figures of summary.json are those of the last epoch",
     )
-    add("--init-from", metavar="FOLDER", help="begin with the weights of that run's model; a last layer of other sizes is new")
+    begin = "begin with the weights of that run's model, and its network's options but for those given"
+    add("--init-from", metavar="FOLDER", help=f"{begin}; a last layer of other sizes is new")
     add("--eval-every", type=int, default=1, metavar="N", help="number of epochs from one evaluation to the next")
     add(
         "--compare",
@@ -312,6 +313,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         here = {name: parser.get_default(name) for name in WORKERS}  # any number of them may go on
         parser.set_defaults(**stored | here | {"resume": options.resume, "output_dir": options.resume})
         options = parser.parse_args(arguments)
+    if options.init_from is not None and options.resume in (None, "auto"):
+        for name, value in shape_in(Path(options.init_from).expanduser(), options.model).items():
+            if getattr(options, name) is None and (name != "context" or options.text is not None):
+                setattr(options, name, value)
     options.config = None  # all that it says is in the others now
     if options.text is None and options.dataset is None and options.recipe is None:
         options.dataset = "digits"
@@ -321,6 +326,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
         options.hidden = [size for layer in layers for size in layer]
     return options
+
+
+def shape_in(run: Path, model: str | None) -> dict[str, object]:
+    """The options that say the shape of a run's network, as it was built, unless another kind of `model` is wanted."""
+    from .folder import read_config
+
+    network = read_config(run)["network"]
+    if model not in (None, network["model"]):
+        return {}
+    other = {"hidden": network.get("sizes", [])[1:-1], "position_embedding": network.get("positions"), "norm": "none"}
+    its, names = other | network, {"model", "activation", "context", *OPTIONS[network["model"]]}
+    return {name: its[name] for name in names & its.keys() - {"feedback_shape", "feedback_at"}}
 
 
 def given(arguments: list[str]) -> set[str]:
