@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="all tasks, small, on bundled data")
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rates", type=float, nargs="+", help="to choose from; default: the task's; of one nothing is chosen")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="some of the task's methods")
     parser.add_argument("--choose-epochs", type=int, help="of the runs that choose a learning rate; default: the task's")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads of a run")
@@ -376,9 +377,11 @@ def measure(name: str, task: Task, options: argparse.Namespace, output: Path, ru
     def title(method: str, rate: float) -> str:
         return f"choice, {method}, lr {rate:g}"
 
-    choices = itertools.product(methods.items(), task.rates)
+    rates = options.rates or task.rates
+    choices = itertools.product(methods.items(), rates if len(rates) > 1 else ())
     made({title(method, rate): (True, task.choose_epochs, 0, rate, its) for (method, its), rate in choices})
-    best = {name: min(task.rates, key=lambda rate, name=name: runs[title(name, rate)]["score"] or math.inf) for name in methods}
+    scores = {name: {rate: runs.get(title(name, rate), {}).get("score") or math.inf for rate in rates} for name in methods}
+    best = {name: min(its, key=its.get) for name, its in scores.items()}
     shown = itertools.product(methods.items(), [1] if options.quick else options.seeds)
     made({f"{method}, seed {seed}": (False, task.epochs, seed, best[method], its) for (method, its), seed in shown})
     rows += rows_of(name, task.metric, runs)

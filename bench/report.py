@@ -160,6 +160,10 @@ def local_table(task: str) -> str:
     return f"{show(TASKS[task].metric, read_result(name)['runs'])}\n\n{source(name)}"
 
 
+def choice_table(task: str) -> str:
+    return by_x(f"local-{task}.json", f"{task}, the choice of a learning rate", "on the validation split", ".1f")
+
+
 def store_table() -> str:
     from .error_store import show
 
@@ -305,6 +309,7 @@ TABLES = {
     "error-store": store_table,
     "gpt": gpt_table,
     **{f"local-{task}": partial(local_table, task) for task in LOCAL_TASKS},
+    "local-tried-choice": lambda: choice_table("tried"),
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality"),
