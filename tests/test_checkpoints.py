@@ -48,6 +48,10 @@ def make(**choices: object) -> f3.Trainer:
     elif kind == "batchnorm":
         block = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.BatchNorm1d(12), torch.nn.ReLU())
         model = f3.Sequential(f3.Block(block), f3.Linear(12, 3))
+    elif kind == "tied":
+        block = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16))
+        block[2].weight = block[0].weight
+        model = f3.Sequential(f3.Block(block), f3.Linear(16, 3))
     elif "feedback" in choices:
         feedback = choices.pop("feedback")
         model = f3.Sequential(f3.Linear(16, 12, "tanh", feedback), f3.Linear(12, 10, "tanh"), f3.Linear(10, 3))
@@ -112,6 +116,7 @@ CHOICES = [
     {"method": "bp", "optimizer": f3.SGD(lr=0.05)},
     {"method": "fa"},
     {"method": "last-layer"},
+    {"kind": "tied"},
     {"error_dtype": "int8"},
     {"error_dtype": "ternary", "signal": "delayed-loss"},
     {"error_dtype": "top-2", "loss": "cross-entropy"},

@@ -263,7 +263,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write safetensors to a new file, with the mode that the user's files have: the library's own is for the user alone."""
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in storages else tensor  # a parameter with two names: the format wants two
+        storages.add(place)
+    save_file(found, path, metadata)
     path.chmod(mode)
 
 
