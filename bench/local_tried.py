@@ -19,7 +19,7 @@ import f3triton as f3
 from f3triton.learn.local import Hearing, Local
 from f3triton.network.stage import Stage
 from f3triton.network.updater import Step
-from f3triton.run.trainer import add_readings
+from f3triton.run.plan import add_readings
 
 RECONSTRUCTION, SIMILARITY, BLEND = 0.3, 0.99, 0.3  # shares of what is added
 TRUNK = 64  # units
@@ -177,8 +177,9 @@ def changed(idea: str | None, train: f3.Dataset, model: f3.Sequential) -> Iterat
         train = copy.copy(train)
         remember(train, model)
     if idea in HEADS:
-        changes = {"add_readings": HEADS[idea]}
+        change = mock.patch("f3triton.run.plan.add_readings", HEADS[idea])
     else:
-        changes = {"Local": type("Idea", (Tried,), {"idea": staticmethod(IDEAS[idea]), "shape": train.shape})}
-    with mock.patch.multiple("f3triton.run.trainer", **changes):
+        learner = type("Idea", (Tried,), {"idea": staticmethod(IDEAS[idea]), "shape": train.shape})
+        change = mock.patch("f3triton.run.trainer.Local", learner)
+    with change:
         yield train
