@@ -25,7 +25,7 @@ from .common import RESULTS
 
 HERE = Path(__file__).parent
 NOT_ALONE = {"__init__", "__main__", "common", "draw", "report", "gpu", "step_gpu", "memory_child"}
-NOT_ALONE |= {"error_store_peers", "local_tried", "tritons", "pipeline_simulation", "accuracy_memory", "claims"}
+NOT_ALONE |= {"error_store_peers", "local_tried", "tritons", "pipeline_simulation", "accuracy_memory", "claims", "roofline"}
 NEEDS_GPU = {"kernels", "tiles"}
 NEEDS = {"huggingface": "transformers"}  # packages that this project does not install
 # arguments of the committed results, beside --output; of a benchmark of several tasks by each

@@ -8,10 +8,9 @@ A case is a call of one of the backend's operations. It is made on tensors witho
 compiled: the tile that the tables choose, with the types, the constants and the divisibilities of that very launch.
 
 For each: registers a thread, bytes of local memory a thread (`stack`: spilled registers), shared memory, the number of
-instructions that access global memory, the tensor-core instruction in the PTX, and the operation's bytes and FLOPs with the
-time that its roofline allows on an H200 (4.8 TB/s; 989 TFLOP/s in half precision, 67 in float32) and an RTX 4090 (1.0 TB/s; 165
-and 83): the vendors' figures. Resource usage is read from the cubin, so it is there for NVIDIA's architectures only; for AMD's
-the code is compiled. Exits with 1 where a case does not compile.
+instructions that access global memory, the tensor-core instruction in the PTX, the operation's FLOPs, and for sm_90 the share
+of an H100's roofline that its bytes, tiles and instructions allow (`bench.roofline`). Resource usage is read from the cubin, so
+it is there for NVIDIA's architectures only; for AMD's the code is compiled. Exits with 1 where a case does not compile.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +44,7 @@ from f3triton.kernels.gpu import tiles
 from f3triton.kernels.rules import Layer
 
 from .common import result, row, table, write_result
+from .roofline import MULTIPROCESSORS, roofline
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,7 +56,6 @@ ARCHITECTURES = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
-MACHINES = {"H200": (4.8e12, {"fp32": 67e12, "half": 989e12}), "RTX 4090": (1.008e12, {"fp32": 83e12, "half": 165e12})}
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTERS = {
     torch.float32: "*fp32",
@@ -171,6 +171,7 @@ class Launch:
     kernel: triton.JITFunction
     arguments: dict[str, object]
     options: dict[str, object]
+    programs: int
 
     @property
     def tile(self) -> str:
@@ -191,13 +192,13 @@ def recording() -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return self.launch
+            return partial(self.launch, grid[0])
 
-        def launch(self, *positional: object, **named: object) -> None:
+        def launch(self, programs: int, *positional: object, **named: object) -> None:
             names = self.kernel.arg_names
             options = {name: value for name, value in named.items() if name not in names}
             arguments = dict(zip(names, positional, strict=False)) | named
-            made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options))
+            made.append(Launch(self.kernel, {name: arguments[name] for name in names}, options, programs))
 
     kernels = [(triton_linear, name) for name in ("forward", "update", "update_elements")]
     kernels += [(triton_output, "output"), (triton_head, "head"), (triton_network, "network")]
@@ -231,8 +232,9 @@ def launch_of(case: Case) -> Launch:
     update = Update(
         rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None
     )
-    chosen = triton_ops._roomy
+    chosen = triton_ops._roomy, triton_ops._multiprocessors
     triton_ops._roomy = lambda device: case.roomy
+    triton_ops._multiprocessors = lambda device: MULTIPROCESSORS if case.roomy else 108  # of an H100; of an A100
     try:
         with recording() as made:
             if case.operation == "forward":
@@ -261,7 +263,7 @@ def launch_of(case: Case) -> Launch:
                 loss, source, link = case.output
                 triton_ops.output_step(error, error, loss, source, link)
     finally:
-        triton_ops._roomy = chosen
+        triton_ops._roomy, triton_ops._multiprocessors = chosen
     return made[0]  # the update of a head is a case of its own
 
 
@@ -284,14 +286,18 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(compiled: CompiledKernel) -> dict[str, int]:
-    """Registers and local memory a thread, from the cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def dumped(compiled: CompiledKernel, tool: str, option: str) -> str:
+    """What one of the tools beside Triton's ptxas says of the cubin."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(path), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resources(compiled: CompiledKernel) -> dict[str, int]:
+    """Registers and local memory a thread, from the cubin."""
+    text = dumped(compiled, "cuobjdump", "--dump-resource-usage")
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
@@ -305,23 +311,18 @@ def accesses(ptx: str) -> int:
     return len(re.findall(r"\b(?:ld|st)\.global|\bcp\.async\.c[ag]\.shared", ptx))
 
 
-def cost(case: Case) -> tuple[int, int]:
-    """Bytes that must move and FLOPs that must be done, every operand read and written once; state in float32."""
+def flops_of(case: Case) -> int:
+    """FLOPs that must be done."""
     m, k, n, c = case.size
     if case.operation == "output":
-        return 4 * (4 * m * c + 2 * m), 10 * m * c
+        return 10 * m * c
     if case.operation == "head":
-        item = 4 if case.dtype == "fp32" else 2
-        return item * m * n * (2 + case.norm) + 4 * (c * n + 2 * m * c), 4 * m * n * c
-    item, weight, error = 4 if case.dtype == "fp32" else 2, n * k, m * c + c * n
-    state = (8 + 8 * RULES[case.rule].moments) * weight
+        return 4 * m * n * c
     if case.operation == "network":
-        return state + item * (m * k + 2 * m * n) + state // weight * n * c, 4 * m * k * n + 4 * m * n * c + 2 * m * n * c
+        return 4 * m * k * n + 4 * m * n * c + 2 * m * n * c
     if case.operation == "elements":
-        return state + 4 * weight, 15 * weight
-    if case.operation in ("forward", "keep", "transposed"):
-        return item * (m * k + 2 * m * n) + 4 * (weight + error), 2 * m * n * (k + c)
-    return item * (m * k + m * n) + state, 2 * m * n * k
+        return 15 * n * k
+    return 2 * m * n * (k + c * (case.operation == "forward"))
 
 
 def fits(case: Case, architecture: str) -> bool:
@@ -329,10 +330,10 @@ def fits(case: Case, architecture: str) -> bool:
     return not case.roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY
 
 
-def report(case: Case, architecture: str) -> dict[str, object]:
-    """All figures of a case; `failed`, with the first line of why, where it does not compile."""
+def report(case: Case, architecture: str, disassembled: bool = True) -> dict[str, object]:
+    """All figures of a case, the roofline if `disassembled`; `failed`, with the first line of why, if it does not compile."""
     launch = launch_of(case)
-    source, (moved, flops) = source_of(launch), cost(case)
+    source, flops = source_of(launch), flops_of(case)
     found = {
         "case": case.name,
         "kernel": launch.kernel.__name__,
@@ -341,7 +342,6 @@ def report(case: Case, architecture: str) -> dict[str, object]:
         "arch": architecture,
         "triton": triton.__version__,
         "size": list(case.size),
-        "bytes": moved,
         "flops": flops,
     }
     try:
@@ -349,12 +349,12 @@ def report(case: Case, architecture: str) -> dict[str, object]:
     except RuntimeError as error:
         return found | {"failed": str(error).splitlines()[0]}
     found["shared_bytes"] = compiled.metadata.shared
-    for machine, (bandwidth, rates) in MACHINES.items():
-        limit = max(moved / bandwidth, flops / rates["fp32" if case.dtype == "fp32" else "half"])
-        found[f"roofline_us_{machine}"] = round(1e6 * limit, 1)
     if "cubin" in compiled.asm:
         ptx = compiled.asm["ptx"]
         found |= resources(compiled) | {"accesses": accesses(ptx), "tensor_core": tensor_core(ptx)}
+    if architecture == "sm_90" and disassembled:
+        about = launch.kernel.__name__, launch.arguments, launch.programs, launch.options.get("num_warps", 4), case.dtype
+        found |= roofline(*about, flops, found, dumped(compiled, "nvdisasm", "-c"))
     return found
 
 
@@ -370,7 +370,7 @@ def main() -> None:
     wanted = cases()[:4] if options.quick else cases()
     rows = [report(case, architecture) for architecture in chosen for case in wanted if fits(case, architecture)]
     columns = ["case", "tile", "arch", "reg", "stack", "shared_bytes", "accesses", "tensor_core"]
-    columns += [f"roofline_us_{machine}" for machine in MACHINES]
+    columns += ["occupancy", "loop", "ideal_us", "bound_us", "limit", "share"]
     print(table(columns, [[found.get(column, "") for column in columns] for found in rows]))
     if options.output:
         figures = []

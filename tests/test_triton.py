@@ -55,7 +55,7 @@ def compile_for_hopper(names: Iterable[str]) -> None:
     wanted = [case for case in cases() if case.name in names]
     assert len(wanted) == len(names) > 0
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
-        for row in pool.map(report, wanted, ["sm_90"] * len(wanted)):
+        for row in pool.map(report, wanted, ["sm_90"] * len(wanted), [False] * len(wanted)):
             assert "failed" not in row, row
             assert row["shared_bytes"] <= SHARED_LIMIT["sm_90"] * 1024, row
             assert (row["stack"], row["local"]) == (0, 0), row  # no spilled registers

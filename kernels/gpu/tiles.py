@@ -145,10 +145,11 @@ def error_columns(width: int, half: bool, largest: int, stored: bool = True) -> 
     """How many of an error's `width` columns a product with the feedback takes at a time: more for many, where none spills.
 
     `half` as in `forward_tile`; `largest` is the tile's longest side in rows and outputs, `stored` whether the feedback is a
-    matrix of floats. What is made or widened, sums without tensor cores, and the largest tiles take the registers.
+    matrix of floats. Large tiles, sums without tensor cores, and entries that are made or widened take the registers.
     """
-    most = (16, 32, 64)[half + stored] if largest <= 64 else 16
-    return min(max(16, 1 << (width - 1).bit_length()), most)
+    if largest > (64 if half else 32) or not (half or stored):
+        return 16
+    return min(max(16, 1 << (width - 1).bit_length()), 64 if stored or largest < 64 else 32)
 
 
 def head_tile(classes: int, half: bool) -> tuple[int, Tile]:
