@@ -313,12 +313,12 @@ class Trainer:
         arguments."""
         if test is None and self.settings.patience is not None:
             raise InputError(f"patience {self.settings.patience} needs test data to look at; give some, or leave it out")
+        train = as_dataset(train)  # of arrays anew each time: they may have changed in place
+        test = None if test is None else as_dataset(test, train)
         asked = train, test, epochs, eval_every
         if self._plan is not None and all(a is b for a, b in zip(self._planned, asked, strict=True)):
             return self._plan
-        self._planned = asked
-        train = self.place(as_dataset(train))
-        test = None if test is None else self.place(as_dataset(test, train))
+        train, test = self.place(train), self.place(test)
         check_epochs(epochs, self.windows)
         if not isinstance(eval_every, int) or eval_every < 1:
             raise InputError(f"eval every must be a whole number of at least 1, got {eval_every!r}")
@@ -360,7 +360,7 @@ class Trainer:
         launched = self.launch_fault(plan) is None
         if launched:
             self.choice = replace(self.choice, why=f"{self.choice.why}; hundreds of steps in one launch")
-        self._plan = replace(plan, split=arrange(self, plan), launched=launched)
+        self._plan, self._planned = replace(plan, split=arrange(self, plan), launched=launched), asked
         return self._plan
 
     def launch_fault(self, plan: Plan) -> str | None:
