@@ -363,6 +363,27 @@ def test_a_fit_that_was_refused_is_refused_again() -> None:
     assert trainer.fit(data, 2).epochs == 2
 
 
+def test_data_that_was_refused_is_refused_again() -> None:
+    x, y = problem()
+    trainer = f3.Trainer(mlp(), device="cpu")
+    trainer.fit((x, y), 1)
+    wrong = x[:, :4], y
+    for _ in range(2):  # never the data of an earlier fit instead
+        with pytest.raises(f3.InputError, match=r"shape \[batch, 6\], got \[1, 4\]"):
+            trainer.fit(wrong, 1)
+
+
+def test_arrays_that_changed_in_place_are_read_again() -> None:
+    x, y = problem()
+    data = x.double().numpy(), y.numpy()
+    trainer, other = (f3.Trainer(mlp(), device="cpu", seed=0) for _ in range(2))
+    trainer.fit(data, 1)
+    other.fit(data, 1)
+    data[0][:] *= -1
+    changed = (data[0].copy(), data[1])
+    assert trainer.fit(data, 1).history[-1]["train_loss"] == other.fit(changed, 1).history[-1]["train_loss"]
+
+
 def test_refused_models() -> None:
     with pytest.raises(f3.InputError, match="at least one stage"):
         f3.Sequential()

@@ -271,10 +271,11 @@ class Trainer:
         arguments."""
         if test is None and self.settings.patience is not None:
             raise InputError(f"patience {self.settings.patience} needs test data to look at; give some, or leave it out")
+        train = as_dataset(train)  # of arrays anew each time: they may have changed in place
+        test = None if test is None else as_dataset(test, train)
         asked = train, test, epochs, eval_every
         if self._plan is None or any(a is not b for a, b in zip(self._planned, asked, strict=True)):
-            train = self.place(as_dataset(train))
-            test = None if test is None else self.place(as_dataset(test, train))
+            train, test = self.place(train), None if test is None else self.place(test)
             plan = make_plan(self, train, test, epochs, eval_every)
             self.choice = plan.choice
             self._plan, self._planned = replace(plan, split=arrange(self, plan)), asked
