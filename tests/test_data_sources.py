@@ -27,6 +27,13 @@ def fails(name, **options):
     return str(caught.value)
 
 
+def test_a_csv_of_other_separators_or_letters_says_what_is_needed(tmp_path):
+    (tmp_path / "semi.csv").write_text("a;label\n1;x\n2,5;y\n2,5,5;y\n")
+    assert "(fields of a .csv are separated by commas" in fails("semi.csv")
+    (tmp_path / "latin.csv").write_bytes("größe,label\n1,x\n2,y\n".encode("latin-1"))
+    assert fails("latin.csv").endswith("(text must be UTF-8)")
+
+
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "json", "jsonl"])
 def test_single_files(tmp_path, ending):
     rows = datasets.Dataset.from_dict(COLUMNS)

@@ -302,6 +302,10 @@ def reading(name: str, quiet: bool = True) -> Iterator[None]:
             text = f"its files differ in columns: {one_line(cast.details())}"
         elif "converting to" in text or "as a scalar of type" in text:
             text += " (the first rows set the type of each column, and later rows or files must have it)"
+        elif "Error tokenizing data" in text:
+            text += " (fields of a .csv are separated by commas, those of a .tsv by tabs; decimals have a point)"
+        elif "codec can't decode" in text:
+            text += " (text must be UTF-8)"
         if "corresponds to no data" in text:
             raise InputError(f"data set {name!r} has an empty split: {text}") from error
         files = [Path(match[1]).name for line in log if (match := re.search(r"Failed to .* '([^']+)' with error", line))]
