@@ -148,6 +148,10 @@ def cases() -> list[Case]:
         narrow += [Case("update", size, "bf16", rule, roomy=True) for size in sizes for rule in rules]
         narrow += [replace(case, weight="bf16") for case in narrow if case.dtype == "bf16"]
         found += [replace(case, moments=moments) for case in [*narrow, Case("elements", (1, 500, 500, 1))]]
+    for size in [(rows, 4096, 4096, 16) for rows in (16, 64, 256, 4096)] + [(8192, 8192, 8192, 16)]:  # those of `bench.tiles`
+        found += [Case("update", size, "bf16", rule, roomy=True) for rule in ("sgd", "adam")]
+        found += [Case("forward", size, "bf16", roomy=True)] if size[0] < 256 else []
+    found += [Case("update", (50, 784, 500, 16), rule=rule) for rule in ("sgd", "adam")] + [Case("forward", (50, 784, 500, 16))]
     steps = [Case("network", (rows, 784, 500, 10), activation=kind) for rows in (50, 16) for kind in ("tanh", "gelu")]
     steps += [Case("network", (50, 784, 500, 10), rule=rule) for rule in ("sgd", "momentum")]
     steps += [Case("network", (64, 784, 500, 10), activation="silu"), Case("network", (50, 784, 500, 64))]

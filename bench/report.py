@@ -108,9 +108,9 @@ def fullest() -> list[dict]:
 
 
 def compiled_table() -> str:
-    columns = ("kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core")
-    rows = [[row[column] for column in columns] for row in fullest()]
-    return f"{table(list(columns), rows)}\n\n{source('kernels-compiled.json')}"
+    columns = ["kernel", "tile", "dtype", "reg", "stack", "shared_bytes", "tensor_core", "occupancy", "limit", "share"]
+    rows = [[row.get(column, "") for column in columns] for row in fullest()]
+    return f"{table(columns, rows)}\n\n{source('kernels-compiled.json')}"
 
 
 def time_table() -> str:
@@ -229,15 +229,32 @@ def gpu_step_table() -> str:
     return f"{table(header, lines)}\n\n{source('step-gpu.json')}; {content['settings']['note']}"
 
 
+def as_compiled(timed: dict) -> tuple[str, str]:
+    """The case and the tile of `bench.kernel_report` that a row of `bench.tiles` timed."""
+    operation, rule = timed["peers"].split()[0].rstrip(","), timed["peers"].split()[-1].lower()
+    small = timed["size"] == "50 x 784 -> 500"
+    words = [operation, timed["size"].replace(" -> ", "x").replace(" x ", "x") + "x16", "fp32" if small else "bf16"]
+    words += [rule] if operation == "update" else ["tanh", "float32"]
+    blocks, warps, _, stages, _, slices, _ = timed["method"].split()
+    cut = f" {slices} slices" if int(slices) > 1 else ""
+    return " ".join([*words, *([] if small else ["roomy"])]), f"{blocks} {warps}w {stages}s{cut}"
+
+
 def gpu_kernels_table() -> str:
-    """Microseconds of each operation: by the tile that the tables choose, by torch, compiled, and of a product alone."""
+    """Microseconds of each operation: by the tile that the tables choose, beside what its traffic and instructions allow; by
+    torch, compiled, and of a product alone."""
+    bounds = {(row["case"], row["tile"]): row.get("bound_us") for row in read_result("kernels-compiled.json")["rows"]}
     theirs = {(row["part"], row["x"], row["method"]): row["median"] for row in read_result("kernels-gpu.json")["rows"]}
     lines = []
     for one in filter(lambda row: row["chosen"], read_result("tiles-gpu.json")["rows"]):
         peers = [theirs.get((one["peers"], one["size"], name)) for name in ("torch", "torch.compile", "GEMM alone")]
         times = ["" if t is None else f"{t:.0f}" for t in peers]
-        lines.append([one["peers"], one["size"], f"{one['median']:.0f}", f"{one['share_of_bound']:.2f}", *times, one["method"]])
-    header = ["", "rows x inputs -> outputs", "f3triton, us", "share of bound", "torch", "torch.compile", "GEMM alone", "tile"]
+        bound = bounds.get(as_compiled(one))
+        allowed = ["", ""] if bound is None else [f"{bound:.1f}", f"{bound / one['median']:.2f}"]
+        shares = [f"{one['share_of_bound']:.2f}", *allowed]
+        lines.append([one["peers"], one["size"], f"{one['median']:.0f}", *shares, *times, one["method"]])
+    header = ["", "rows x inputs -> outputs", "f3triton, us", "share of bound", "the launch's bound, us", "share of it"]
+    header += ["torch", "torch.compile", "GEMM alone", "tile"]
     return f"{table(header, lines)}\n\n{source('tiles-gpu.json')}; the others: {source('kernels-gpu.json')}"
 
 

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.report import as_compiled
 from bench.roofline import BANDWIDTH, CLOCK, bytes_of, flops_of, instructions, products, roofline
 
 SASS = """
@@ -77,3 +78,14 @@ def test_the_longest_bounds() -> None:
     assert few["ideal_us"] == pytest.approx(1e6 * few["bytes"] / BANDWIDTH, rel=0.01)
     assert few["share"] == pytest.approx(few["ideal_us"] / few["bound_us"], abs=0.01)
     assert few["occupancy"] == pytest.approx(4 * 4 / 64, abs=0.07)
+
+
+def test_timed_tiles_are_named_as_the_compiled_ones() -> None:
+    timed = {"peers": "update, SGD", "size": "16 x 4096 -> 4096", "method": "64x64x32 4 warps, 3 stages, 2 slices"}
+    assert as_compiled(timed) == ("update 16x4096x4096x16 bf16 sgd roomy", "64x64x32 4w 3s 2 slices")
+    timed = {
+        "peers": "forward with error signal, SGD",
+        "size": "50 x 784 -> 500",
+        "method": "16x16x64 4 warps, 5 stages, 1 slices",
+    }
+    assert as_compiled(timed) == ("forward 50x784x500x16 fp32 tanh float32", "16x16x64 4w 5s")
