@@ -330,6 +330,7 @@ TABLES = {
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
     "wine-quality": lambda: paper_table("wine-quality", "paper-wine.json"),
+    "wine-quality-classes": lambda: paper_table("wine-quality-classes", "paper-wine.json"),
     "cifar10": lambda: paper_table("cifar10", "paper-cifar10.json"),
     "kddcup99": lambda: paper_table("kddcup99", "paper-tables.json"),
     "census-income-kdd": lambda: paper_table("census-income-kdd", "paper-tables.json"),
