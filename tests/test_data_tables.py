@@ -421,3 +421,8 @@ def test_the_work_grows_with_the_columns_and_not_with_their_square(monkeypatch):
 
     rows = [Row(dict.fromkeys(columns, 1.0)) for _ in range(3)]
     assert train.preprocessing.encode(rows).shape == (3, 300)
+
+
+def test_classes_that_hold_a_comma_are_told_apart():
+    train, _ = load_dataset(pair({"x": [1.0, 2.0, 3.0, 4.0], "label": ["No", "Yes, sir"] * 2}))
+    assert "2 classes: No, 'Yes, sir'" in described(train)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +163,37 @@ def test_a_trained_network_is_pickled_and_goes_on() -> None:
     again = pickle.loads(pickle.dumps(network))
     losses = [f3.Trainer(model, device="cpu").fit((X, Y), 1, (X, Y)).history[-1]["test_loss"] for model in (network, again)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_a_trainer_that_has_been_fitted_is_copied_and_goes_on(again: Callable[[f3.Trainer], f3.Trainer]) -> None:
+    trainer = f3.Trainer(f3.models.MLP([6, 8, 3], seed=1), method="f3", device="cpu")
+    history = trainer.fit((X, Y), 1, (X, Y)).history
+    twin = again(trainer)
+    assert twin.result.history == history
+    assert twin.evaluate((X, Y)) == trainer.evaluate((X, Y))
+    losses = [one.fit((X, Y), 1, (X, Y)).history[-1]["test_loss"] for one in (trainer, twin)]
+    assert losses[0] == losses[1]
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    network = f3.models.MLP([np.int64(6), np.int32(8), Y.numpy().max() + 1])
+    json.dumps(network.config())
+    trainer = f3.Trainer(
+        network, device="cpu", seed=np.uint8(3), batch_size=np.int16(20), patience=np.int64(5), clip_norm=np.float32(1)
+    )
+    json.dumps(asdict(trainer.settings))
+    result = trainer.fit((X, Y), np.int64(2), (X, Y), eval_every=np.int64(2))
+    assert [record["epoch"] for record in result.history] == [2]
+    assert f3.Trainer(network, device="cpu").check((X, Y), None, np.int64(2)).epochs == 2
+    with pytest.raises(f3.InputError, match="epochs must be a whole number"):
+        trainer.fit((X, Y), np.float64(2), (X, Y))
+
+
+def test_float_targets_of_a_network_of_two_classes_are_explained() -> None:
+    trainer = f3.Trainer(f3.models.MLP([6, 8, 2]), device="cpu")
+    with pytest.raises(f3.InputError, match=r"needs \[1\]; float targets are numbers to predict: give class ids as integers"):
+        trainer.fit((X, (Y > 0).float()), 1)
 
 
 def test_the_network_of_a_predictor_is_exported(tmp_path: Path) -> None:

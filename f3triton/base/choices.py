@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from .exceptions import InputError
@@ -16,3 +17,9 @@ def check_word(thing: str, word: object, allowed: Iterable[str], also: str = "")
         if word.replace("_", "-") in allowed:
             return word.replace("_", "-")
     raise InputError(f"{thing} {word!r} is unknown; allowed: {', '.join(allowed)}{' ' + also if also else ''}")
+
+
+def plain(value: object) -> object:
+    """A number of NumPy's as Python's, which JSON can hold; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # where nothing has imported it, nothing is NumPy's
+    return value.item() if numpy is not None and isinstance(value, numpy.number) else value

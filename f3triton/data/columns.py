@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -351,6 +351,11 @@ def listed(names: Any, most: int = 30) -> str:
     names = [str(name) for name in names]
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest
+
+
+def quoted(names: Iterable[str]) -> list[str]:
+    """The names, those that hold a comma in quotes, so that a list of them shows which is which."""
+    return [repr(name) if "," in name else name for name in names]
 
 
 def one_line(error: object, most: int = 300) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.schema import FINITE, FLAG, STRING, Either, Fields, Many, Variant, Whole, Word, check
-from .columns import BOOLEAN, CATEGORY, DATE, HASHED, NUMBER, VECTOR, Table, listed, raw_column, read_numbers, rows_from
+from .columns import BOOLEAN, CATEGORY, DATE, HASHED, NUMBER, VECTOR, Table, listed, quoted, raw_column, read_numbers, rows_from
 from .dates import PARTS, WIDTH
 from .images import LARGEST_SIDE, convert_images, load_images, match_channels
 from .tables import MAX_CATEGORIES, Column, encode_table
@@ -147,7 +147,7 @@ class Preprocessing:
             return [f"text: {column}{self.target.outputs} {unit}s: {known}; windows of {self.shape[0]}", *self.notes]
         name = f"column {', '.join(map(repr, self.target.columns))}, " if self.target.columns else ""
         if self.target.task == CLASSIFICATION:
-            lines.append(f"target: {name}{self.target.outputs} classes: {listed(self.target.names, 10)}")
+            lines.append(f"target: {name}{self.target.outputs} classes: {listed(quoted(self.target.names), 10)}")
         else:
             statistics = (
                 f"mean {_numbers(self.target.mean)}, std {_numbers(self.target.std)}" if self.target.mean else "as given"

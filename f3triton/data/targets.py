@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.exceptions import InputError
 from ..base.words import CLASSIFICATION, LANGUAGE_MODELING, REGRESSION  # noqa: F401
-from .columns import BOOLEAN, CATEGORY, DATE, NUMBER, VECTOR, Table, kind_of, listed, numbers, words
+from .columns import BOOLEAN, CATEGORY, DATE, NUMBER, VECTOR, Table, kind_of, listed, numbers, quoted, words
 from .tables import UnusableColumnError, moments, places_of, standardise
 
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
@@ -148,7 +148,7 @@ def encode_target(target: Target, rows: Table) -> Tensor:
         value = text[at].as_py() if isinstance(target.classes[0], str) else int(values[at])
         raise InputError(
             f"target column {name!r} holds class {value!r} in {rows.row(at)}, which no training row has; "
-            f"classes in training: {listed(target.names)}"
+            f"classes in training: {listed(quoted(target.names))}"
         )
     return torch.from_numpy(ids)
 

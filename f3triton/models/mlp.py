@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..base.choices import plain
 from ..base.exceptions import InputError
 from ..base.seeds import first_weights
 from ..network.feedback import Feedback
@@ -33,7 +34,7 @@ class MLP(Sequential):
         residual: bool = False,
         seed: int | None = None,
     ) -> None:
-        sizes = list(sizes)
+        sizes = [plain(size) for size in sizes]
         if len(sizes) < 2:
             raise InputError(f"the sizes of an MLP are inputs, hidden layers, outputs: at least two numbers, got {sizes}")
         if not all(isinstance(size, int) and size >= 1 for size in sizes):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..base.choices import check_word
+from ..base.choices import check_word, plain
 from ..base.exceptions import InputError
 from ..base.faults import fault
 from ..base.files import LARGEST_JSON, check_tensors, parse_object, read_bytes, read_object
@@ -116,6 +116,7 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder).expanduser()
+        self.every, self.keep = plain(self.every), plain(self.keep)
         for name, value in (("checkpoint every", self.every), ("keep", self.keep)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -13,6 +13,7 @@ from ..base.precision import autocast, working_dtype
 from ..base.seeds import derived_seed
 from ..data import Dataset, StreamDataset
 from ..data.augment import Augmentation
+from ..data.preprocessing import TENSORS
 from ..error_store import Codec, is_folder, make_codec, pick_home
 from ..error_store.codecs import ByPosition
 from ..kernels.dispatch import Choice
@@ -86,7 +87,13 @@ def make_plan(trainer: Any, train: Dataset, test: Dataset | None, epochs: int, e
     example = train.fetch(torch.zeros(1, dtype=torch.int64, device=train.device), dtype)
     with autocast(trainer.device, trainer.compute_dtype):
         seed = own.seed if signal is not None and signal.through_feedback else None
-        model.prepare(example.to(trainer.device), train.outputs, seed, train.positions, own.error_rank)
+        try:
+            model.prepare(example.to(trainer.device), train.outputs, seed, train.positions, own.error_rank)
+        except InputError as error:
+            like_ids = train.preprocessing.kind == TENSORS and train.task == "regression" and train.outputs == 1
+            like_ids = like_ids and bool((train.targets == train.targets.round()).all())
+            hint = "; float targets are numbers to predict: give class ids as integers (int64)" * like_ids
+            raise InputError(f"{error}{hint}") from None
     choice = own.choose(work_of(model, own.batch_size * train.positions))
     if signal is not None and signal.local:
         add_readings(model, own, train.outputs, train.positions)

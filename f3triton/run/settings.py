@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.choices import check_word
+from ..base.choices import check_word, plain
 from ..base.exceptions import InputError
 from ..base.words import (
     AUGMENTATIONS,
@@ -208,7 +208,8 @@ class Settings:
         from ..kernels.rules import Rule
 
         for one in fields(self):
-            value, choices = getattr(self, one.name), one.metadata["choices"]
+            value, choices = plain(getattr(self, one.name)), one.metadata["choices"]
+            object.__setattr__(self, one.name, value)
             if choices is None or isinstance(value, Rule) or (value is None and one.default is None):
                 continue
             also = "or a rule such as f3triton.Adam(lr=5e-4)" if one.name == "optimizer" else ""

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..base.choices import plain
 from ..base.data import Data, Visit
 from ..base.exceptions import InputError
 from ..base.precision import matmul_precision, working_dtype
@@ -40,7 +41,7 @@ from .checkpoint import Checkpoints, Snapshot
 from .gathered import Gathered
 from .identity import settings_of
 from .lock import FolderLock
-from .plan import Kept, Plan, errors_of, make_plan
+from .plan import Kept, Plan, errors_of, make_plan, work_of
 from .records import Record, test_record, train_record
 from .result import FitResult
 from .settings import Settings, takes_settings
@@ -192,6 +193,8 @@ class Trainer:
         if self.settings.epoch_launch == "on" and batches is not None:
             raise InputError("batches of your own and epoch launch 'on' cannot go together; leave one out")
         self.model.train()
+        if not work_of(self.model, 1):  # autograd imports at its first gradient, 0.3 s that are none of learning
+            torch.autograd.backward(torch.zeros(1, requires_grad=True) * 1, torch.zeros(1))
         stream = None
         if isinstance(train, StreamDataset):
             stream = StreamWindows(train, self.windows, self.seed, device, plan.epochs // self.windows.visits)
@@ -273,6 +276,7 @@ class Trainer:
             raise InputError(f"patience {self.settings.patience} needs test data to look at; give some, or leave it out")
         train = as_dataset(train)  # of arrays anew each time: they may have changed in place
         test = None if test is None else as_dataset(test, train)
+        epochs, eval_every = plain(epochs), plain(eval_every)
         asked = train, test, epochs, eval_every
         if self._plan is None or any(a is not b for a, b in zip(self._planned, asked, strict=True)):
             train, test = self.place(train), None if test is None else self.place(test)
@@ -296,6 +300,14 @@ class Trainer:
 
         rows = Rows(samples, codec, self.device, targets, identity(plan.train) if is_folder(home) else None)
         return make_store(home, rows, generations, resume)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy or a pickle has: all but what `fit` makes anew, which holds modules of Python."""
+        return vars(self) | {"choice": None, "learner": None, "_plan": None, "_planned": ()}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.choice = self.settings.choose()
 
     def __repr__(self) -> str:
         numbers = sum(parameter.numel() for parameter in self.model.parameters())
