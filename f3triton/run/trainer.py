@@ -193,7 +193,8 @@ class Trainer:
         if self.settings.epoch_launch == "on" and batches is not None:
             raise InputError("batches of your own and epoch launch 'on' cannot go together; leave one out")
         self.model.train()
-        if not work_of(self.model, 1):  # autograd imports at its first gradient, 0.3 s that are none of learning
+        if self.method == "bp" or not work_of(self.model, 1):
+            # Autograd imports at its first gradient, 0.3 s that are none of learning.
             torch.autograd.backward(torch.zeros(1, requires_grad=True) * 1, torch.zeros(1))
         stream = None
         if isinstance(train, StreamDataset):
