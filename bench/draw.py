@@ -122,7 +122,8 @@ def draw(content: dict, path: Path) -> None:
         draw_panel(axes, rows, methods)
     for axes in list(places.flat)[len(found) :]:
         axes.axis("off")
-    figure.suptitle(f"bench.{content['benchmark']}: {where(content)}", fontsize=9, color="#555555")
+    title = textwrap.fill(f"bench.{content['benchmark']}: {where(content)}", 75 * columns)
+    figure.suptitle(title, fontsize=9, color="#555555")
     save(figure, path)
 
 

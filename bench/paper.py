@@ -70,8 +70,9 @@ def over_seeds(runs: dict[str, dict], figure: str) -> tuple[float, float, int]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
 
 
-def show(recipe: str, results: dict[str, dict[str, dict]]) -> str:
-    """Ours beside the published figures, best and last epoch: mean, and standard deviation over the seeds."""
+def show(recipe: str, results: dict[str, dict[str, dict]], whole: bool = True) -> str:
+    """Ours beside the published figures, best and last epoch: mean, and standard deviation over the seeds. Runs that are not as
+    long as those (`whole`) stand alone."""
     known = read_recipe(recipe)
 
     def ours(runs: dict[str, dict], figure: str) -> str:
@@ -86,9 +87,12 @@ def show(recipe: str, results: dict[str, dict[str, dict]]) -> str:
     lines = []
     for name in known.runs:
         if name in results:
-            figures = [shown for figure in ("best", "last") for shown in (theirs(name, figure), ours(results[name], figure))]
+            figures = [
+                shown for figure in ("best", "last") for shown in (*[theirs(name, figure)] * whole, ours(results[name], figure))
+            ]
             lines.append([name, len(results[name]), *figures])
-    return table(["run", "seeds", "authors, best", "ours, best", "authors, last", "ours, last"], lines)
+    header = [f"{whose}{figure}" for figure in ("best", "last") for whose in (*["authors, "] * whole, "ours, " * whole)]
+    return table(["run", "seeds", *header], lines)
 
 
 def rows_of(runs: dict[str, dict[str, dict[str, dict]]]) -> list[dict]:
@@ -129,6 +133,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     output = options.output or RESULTS / ("paper-quick.json" if options.quick else "paper.json")
     extra = [] if options.epochs is None else ["--epochs", str(options.epochs)]
+    settings = {"threads": options.threads} | ({} if options.epochs is None else {"epochs": options.epochs})
     if options.quick:
         options.data, options.only, extra = ["mnist=digits"], ["bp", "f3-default"], ["--epochs", "10", "--hidden", "100"]
     runs = runs_in(output)
@@ -143,11 +148,12 @@ def main() -> None:
                     if str(seed) not in done:
                         done[str(seed)] = found = run(name, experiment, seed, source, data, extra)
                         print(f"{name}/{experiment} seed {seed}: best {found['best']}, last {found['last']}", flush=True)
-                        save(output, result("paper", rows_of(runs), {"threads": options.threads}, runs=runs))
+                        save(output, result("paper", rows_of(runs), settings, runs=runs))
     except InputError as error:
         parser.error(str(error))
     for name, results in runs.items():
-        print(f"\n{name}: {next(iter(next(iter(results.values())).values()))['metric']}\n\n{show(name, results)}")
+        metric = next(iter(next(iter(results.values())).values()))["metric"]
+        print(f"\n{name}: {metric}\n\n{show(name, results, whole=options.epochs is None)}")
 
 
 if __name__ == "__main__":

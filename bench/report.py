@@ -39,7 +39,9 @@ def source(name: str) -> str:
 def paper_table(recipe: str, name: str = "paper.json") -> str:
     from .paper import show
 
-    return f"{show(recipe, read_result(name)['runs'][recipe])}\n\n{source(name)}"
+    content = read_result(name)
+    whole = "epochs" not in content["settings"]
+    return f"{show(recipe, content['runs'][recipe], whole)}\n\n{source(name)}"
 
 
 def by_x(name: str, part: str, metric: str, shown: str, number: str = "median", order: tuple[str, ...] = ()) -> str:
@@ -329,7 +331,9 @@ TABLES = {
     "local-tried-choice": lambda: choice_table("tried"),
     "vit": vit_table,
     "mnist": lambda: paper_table("mnist"),
+    "mnist-seeds": lambda: paper_table("mnist", "paper-seeds.json"),
     "wine-quality": lambda: paper_table("wine-quality", "paper-wine.json"),
+    "wine-quality-classes": lambda: paper_table("wine-quality-classes", "paper-wine.json"),
     "cifar10": lambda: paper_table("cifar10", "paper-cifar10.json"),
     "kddcup99": lambda: paper_table("kddcup99", "paper-tables.json"),
     "census-income-kdd": lambda: paper_table("census-income-kdd", "paper-tables.json"),

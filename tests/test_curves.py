@@ -102,7 +102,7 @@ def test_without_matplotlib_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["report"])
     monkeypatch.setattr(bench_report, "documents", list)
-    with pytest.raises(SystemExit, match="the picture needs matplotlib"):
+    with pytest.raises(SystemExit, match="the pictures need matplotlib"):
         bench_report.main()
     curves.draw_curves(tmp_path / "a.png", "", "", "", {"f3, test": SLOW})
     assert not list(tmp_path.iterdir())

@@ -294,7 +294,7 @@ def test_an_error_in_a_thread_ends_the_run_with_its_cause(broken: str, tmp_path:
     really = getattr(MappedRows, broken)
 
     def breaks(self: MappedRows, *arguments: object) -> object:
-        if next(calls) == 5:
+        if next(calls) == 2:  # a busy machine reads more rows at a call, so there may be few
             raise OSError(5, "Input/output error")
         return really(self, *arguments)
 

@@ -41,7 +41,7 @@ from .checkpoint import Checkpoints, Snapshot
 from .gathered import Gathered
 from .identity import settings_of
 from .lock import FolderLock
-from .plan import Kept, Plan, errors_of, make_plan
+from .plan import Kept, Plan, errors_of, make_plan, work_of
 from .records import Record, test_record, train_record
 from .result import FitResult
 from .settings import Settings, takes_settings
@@ -193,6 +193,10 @@ class Trainer:
         if self.settings.epoch_launch == "on" and batches is not None:
             raise InputError("batches of your own and epoch launch 'on' cannot go together; leave one out")
         self.model.train()
+        if self.method == "bp" or not work_of(self.model, 1):
+            # Autograd imports at its first gradient, 0.3 s that are none of learning.
+            x = torch.zeros(1, requires_grad=True)
+            torch.autograd.grad(x * 1, x, torch.zeros(1))
         stream = None
         if isinstance(train, StreamDataset):
             stream = StreamWindows(train, self.windows, self.seed, device, plan.epochs // self.windows.visits)
