@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, count
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from f3triton.network.updater import Arithmetic
 from f3triton.run import checkpoint
 from f3triton.run.checkpoint import Checkpoints, newest, read
 from f3triton.run.tally import Diverged
+from f3triton.run.workers import rows_are_alike
 from f3triton.visits.windows import WindowOrder, Windows
 
 CPU = torch.device("cpu")
@@ -717,3 +719,11 @@ def test_what_the_script_refuses(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes were started, and nothing says what each is to do; add --pipeline auto" in fails(capsys)
     assert mesh.processes() == (0, 2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16-weights", "bfloat16", "float64"])
+def test_rows_of_replicas_are_compared_in_every_precision(precision: str) -> None:
+    trainer = f3.Trainer(f3.models.MLP([8, 16, 16, 3]), precision=precision, device="cpu", batch_size=20)
+    trainer.seat = replace(trainer.seat, replicas=2)
+    plan = trainer.check((torch.randn(40, 8), torch.arange(40) % 3), None, 1)
+    assert rows_are_alike(trainer, plan) in (True, False)

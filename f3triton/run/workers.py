@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..base.exceptions import InputError
-from ..base.precision import matmul_precision, working_dtype
+from ..base.precision import autocast, matmul_precision, working_dtype
 from ..data.identity import identity
 from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, Receiver, Sender, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
@@ -142,7 +142,8 @@ def rows_are_alike(trainer: Any, plan: Plan) -> bool:
     """See `replicas.rows_alike`."""
     modes = [(module, module.training) for module in trainer.model.modules()]
     trainer.model.eval()
-    alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
+    with autocast(trainer.device, trainer.compute_dtype):
+        alike = rows_alike(trainer.model, *first_batch(trainer, plan), trainer.seat.replicas)
     for module, mode in modes:
         module.training = mode
     return alike and trainer.settings.reach == 1  # what goes back through a stage is not compared
