@@ -10,10 +10,10 @@ import argparse
 import sys
 import time
 
-from f3triton.run.options import given, given_in_file, make_parser, make_settings, parse, refuse_what_has_no_effect
+from f3triton.run.options import given, given_in_file, look_over, make_settings, parse, refuse_what_has_no_effect, seeds_in
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # answers --help and wrong options before torch is imported, which takes seconds
+    look_over(sys.argv[1:])  # before torch is imported, which takes seconds
 
 try:
     import torch
@@ -39,7 +39,7 @@ from f3triton.run.prediction import predict_run
 from f3triton.run.records import Record
 from f3triton.run.report import report, store_line, title_of
 from f3triton.run.samples import check_sample, sample_of, sample_run
-from f3triton.run.seeds import seeds_in, train_seeds
+from f3triton.run.seeds import train_seeds
 from f3triton.run.start import Start
 from f3triton.run.summary import write_summary
 from f3triton.run.tally import Diverged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,14 @@ sys.path.insert(0, str(ROOT))
 from train import main  # noqa: E402
 
 FAST = ["--max-train-samples", "100", "--hidden", "12", "--epochs", "1"]
+
+
+def test_the_script_itself_takes_several_seeds(tmp_path: Path) -> None:
+    """It looks over its options before it calls `main`."""
+    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--seed", "3", "4", "--output-dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "seeds 3 4:" in done.stdout
 
 
 def test_each_seed_has_a_run_and_all_have_one_summary(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

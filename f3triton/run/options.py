@@ -287,6 +287,11 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def look_over(arguments: list[str]) -> None:
+    """Answer `--help`, and end with a line for wrong options."""
+    make_parser().parse_args(without_seeds(arguments))
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; those of a recipe, or of the run that is resumed, are defaults, which others override."""
     parser = make_parser()
@@ -326,6 +331,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         layers = [size if isinstance(size, list) else layer_sizes(str(size)) for size in options.hidden]
         options.hidden = [size for layer in layers for size in layer]
     return options
+
+
+def seeds_in(arguments: list[str]) -> list[str]:
+    """The seeds of `--seed 0 1 2`; none where there is one at most."""
+    if arguments.count("--seed") != 1:
+        return []
+    found = arguments[arguments.index("--seed") + 1 :]
+    count = next((n for n, text in enumerate(found) if not text.isdecimal()), len(found))
+    return found[:count] if count > 1 else []
+
+
+def without_seeds(arguments: list[str]) -> list[str]:
+    """The arguments without those seeds: what each of them is trained with."""
+    count, first = len(seeds_in(arguments)), arguments.index("--seed") if "--seed" in arguments else 0
+    return arguments[:first] + arguments[first + 1 + count :] if count else arguments
 
 
 def shape_in(run: Path, model: str | None) -> dict[str, object]:

@@ -10,17 +10,8 @@ from ..base.exceptions import InputError
 from ..distributed.mesh import processes
 from .console import shown
 from .folder import RunFolder, json_text, read_json, replace_file
-from .options import parse
+from .options import parse, without_seeds
 from .start import default_folder
-
-
-def seeds_in(arguments: list[str]) -> list[str]:
-    """The seeds of `--seed 0 1 2`; none where there is one at most."""
-    if arguments.count("--seed") != 1:
-        return []
-    found = arguments[arguments.index("--seed") + 1 :]
-    count = next((n for n, text in enumerate(found) if not text.isdecimal()), len(found))
-    return found[:count] if count > 1 else []
 
 
 def train_seeds(arguments: list[str], seeds: list[str], run: Callable[[list[str]], int], say: Callable[[str], None]) -> int:
@@ -29,8 +20,7 @@ def train_seeds(arguments: list[str], seeds: list[str], run: Callable[[list[str]
 
     Raises InputError for seeds that come twice, options of something other than a training, or an output folder in use.
     """
-    first = arguments.index("--seed")
-    arguments = arguments[:first] + arguments[first + 1 + len(seeds) :]
+    arguments = without_seeds(arguments)
     options = parse(arguments)
     if len({int(seed) for seed in seeds}) < len(seeds):
         raise InputError(f"seeds {' '.join(seeds)}: one comes twice")
