@@ -366,13 +366,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=[*ARCHITECTURES, "all"])
     parser.add_argument("--quick", action="store_true", help="the first four cases only")
+    parser.add_argument("--brief", action="store_true", help="no bounds, which need the machine code: twice as fast")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there too")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; the interpreter cannot compile, unset it")
     chosen = list(ARCHITECTURES) if "all" in options.arch else options.arch
     wanted = cases()[:4] if options.quick else cases()
-    rows = [report(case, architecture) for architecture in chosen for case in wanted if fits(case, architecture)]
+    asked = [(case, architecture) for architecture in chosen for case in wanted if fits(case, architecture)]
+    rows = [report(*one, disassembled=not options.brief) for one in asked]
     columns = ["case", "tile", "arch", "reg", "stack", "shared_bytes", "accesses", "tensor_core"]
     columns += ["occupancy", "loop", "ideal_us", "bound_us", "limit", "share"]
     print(table(columns, [[found.get(column, "") for column in columns] for found in rows]))

@@ -32,7 +32,7 @@ def check(version: str, architectures: list[str], tmp_path: Path) -> None:
     if not tritons.folder_of(version, Path(FOLDER)).is_dir():
         pytest.skip(f"there is no Triton {version} in F3TRITON_TRITONS")
     output = tmp_path / "report.json"
-    command = [sys.executable, "-m", "bench.kernel_report", "--arch", *architectures, "--output", str(output)]
+    command = [sys.executable, "-m", "bench.kernel_report", "--brief", "--arch", *architectures, "--output", str(output)]
     done = subprocess.run(
         command,
         cwd=ROOT,
