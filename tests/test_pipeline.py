@@ -39,6 +39,8 @@ from f3triton.distributed.links import Gone, Packet, pack, unpack
 from f3triton.distributed.ring import Needs
 from f3triton.distributed.split import best_split, milliseconds, parts_of
 from f3triton.kernels import eager
+from f3triton.learn import step
+from f3triton.learn.cuda_graph import GraphedStep
 from f3triton.learn.peers import BackpropLearner
 from f3triton.learn.signal import Signal
 from f3triton.learn.step import F3Learner
@@ -352,6 +354,46 @@ def test_processes_have_the_bits_of_one_worker(
         for name in names:
             wanted = json.loads(json.dumps(one[name]))
             assert found[name] == (wanted if rank == 0 else {k: v for k, v in wanted.items() if k != "checkpoints"}), name
+
+
+@forks
+@pytest.mark.parametrize(("workers", "link"), [(2, "host"), (3, "nccl")])
+def test_graphs_of_parts_have_the_bits_of_a_graph_of_the_whole(
+    workers: int, link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured on CUDA runs here as it is: the same tensors, read and written in place, and a short last batch."""
+    monkeypatch.setattr("f3triton.distributed.devices.BACKEND", "gloo")
+    original, made = f3.Trainer.__init__, []
+
+    def with_graph(self: f3.Trainer, *arguments: object, **given: object) -> None:
+        original(self, *arguments, **given)
+        self.cuda_graph = "on"
+
+    monkeypatch.setattr(f3.Trainer, "__init__", with_graph)
+    monkeypatch.setattr(step, "GraphedStep", lambda *given: made.append(GraphedStep(*given)) or made[-1])
+    names = ["mlp", "windows, skip", "turns", "momentum", "drtp", "local"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    one = {name: train(tmp_path / f"{name}, one", "off", **CHOICES[name]) for name in names}
+
+    def work(rank: int) -> object:
+        made.clear()
+        with sleeping(workers, 0.002):
+            found = [train(tmp_path / name, "auto", pipeline_link=link, **CHOICES[name])["weights"] for name in names]
+        return [found, [graph.steps for graph in made]]
+
+    assert together(workers, work, tmp_path) == [0] * workers, said(tmp_path, workers)
+    for rank in range(workers):
+        weights, steps = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert weights == [one[name]["weights"] for name in names]
+        assert (len(steps), sum(steps)) == (8, 32 * len(names))  # of two kinds with windows; all but the short batches
+
+
+def test_a_graph_needs_a_worker_of_linear_stages() -> None:
+    trainer = f3.Trainer(network("dropout"), device="cpu", pipeline="threads:2", pipeline_split="2,2")
+    trainer.cuda_graph = "on"
+    with pytest.raises(f3.InputError, match="cuda graph 'on' needs a worker whose stages are all Linear; use 'auto'"):
+        trainer.check(data("dropout"), None, 1)
 
 
 @forks
@@ -790,6 +832,7 @@ def test_windows_in_turn_do_not_come_back_soon() -> None:
         ({"pipeline": 2, "pipeline_split": "a"}, "pipeline split 'a' is not understood"),
         ({"pipeline_link": "nccl"}, "pipeline link 'nccl' needs a pipeline of processes, got pipeline 'off'; use 'host'"),
         ({"pipeline_link": "nccl", "pipeline": "threads:2"}, "needs a pipeline of processes, got pipeline 'threads:2'"),
+        ({"cuda_graph": "on", "pipeline": "threads:2"}, "cuda graph 'on' does not go with threads or data parallel"),
         ({"pipeline_link": "ib", "pipeline": 2}, "pipeline link 'ib' is unknown; allowed: host, nccl"),
         ({"data_parallel": 3}, "batch size 50 cannot be divided among 3 replicas"),
         (

@@ -78,10 +78,17 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("workers", [["--pipeline", "2"], ["--data-parallel", "2", "--data-parallel-by", "factors"]])
-def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "graph"),
+    [
+        (["--pipeline", "2"], "off"),
+        (["--pipeline", "2"], "on"),
+        (["--data-parallel", "2", "--data-parallel-by", "factors"], "off"),
+    ],
+)
+def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], graph: str, tmp_path: Path) -> None:
     """Of replicas only the figures are compared: libraries choose products by the number of rows."""
-    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda", "--cuda-graph", graph]
     code, said = run(tmp_path / "one", 0, *arguments, "--epoch-launch", "off")  # whose sums are in another order
     assert code == 0, said
     code, said = run(tmp_path / "two", 2, *arguments, *workers)
@@ -93,11 +100,12 @@ def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_
 
 
 @pytest.mark.gpu
-def test_several_gpus_with_nccl_write_what_one_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("graph", ["off", "on"])
+def test_several_gpus_with_nccl_write_what_one_writes(graph: str, tmp_path: Path) -> None:
     count = min(torch.cuda.device_count(), 3)
     if count < 2 or not torch.distributed.is_nccl_available():
         pytest.skip("needs two GPUs and NCCL")
-    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda", "--cuda-graph", graph]
     code, said = run(tmp_path / "one", 0, *arguments, "--epoch-launch", "off")
     assert code == 0, said
     code, said = run(tmp_path / "several", count, *arguments, "--pipeline", str(count), "--pipeline-link", "nccl")

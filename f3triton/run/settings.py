@@ -185,7 +185,7 @@ class Settings:
     backend: str = field(default="auto", metadata=about("run", choices=BACKENDS, free=True, help=
         "implementation of the layers; auto: triton on a GPU where its kernels pass their check, else torch"))
     cuda_graph: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
-        "run a step as one CUDA graph, where all stages are Linear"))
+        "run a step as one CUDA graph, where all stages are Linear; auto: not in a pipeline"))
     epoch_launch: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
         "run hundreds of steps of a small network of Linear stages in one launch of a Triton kernel, where what teaches them "
         "is known before; auto: on a GPU where that passes its check"))
@@ -305,8 +305,8 @@ class Settings:
                 )
             if is_folder(self.error_store):
                 raise InputError(f"error store {str(self.error_store)!r} cannot be written by several replicas; use memory")
-        if self.cuda_graph == "on" and (workers != "off" or self.data_parallel > 1):
-            raise InputError("cuda graph 'on' does not go with a pipeline or data parallel; use 'auto'")
+        if self.cuda_graph == "on" and (threads or self.data_parallel > 1):
+            raise InputError("cuda graph 'on' does not go with threads or data parallel; use 'auto'")
 
     @cached_property
     def split(self) -> list[int] | None:

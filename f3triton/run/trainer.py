@@ -257,6 +257,8 @@ class Trainer:
         taught = plan.loss, self.arithmetic(), plan.signal, own.hidden_scale
         learner = make_learner(self.method, self.model, data, *taught, store, local, part, self.replicas)
         learner.augment = plan.augment
+        if part is not None and self.cuda_graph == "on":  # auto: not before that has run on several GPUs
+            learner.use_part_graph(self.batch_size)
         return learner
 
     def arithmetic(self) -> Arithmetic:

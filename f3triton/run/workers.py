@@ -22,8 +22,9 @@ from ..distributed.mesh import Place, agree, exchange
 from ..distributed.replicas import DataParallel, rows_alike
 from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_their_way
 from ..distributed.shared import SharedReceiver, SharedSender, available, connect
-from ..distributed.split import best_split, check_split, milliseconds
+from ..distributed.split import best_split, check_split, milliseconds, parts_of
 from ..learn.step import Learner
+from ..network.linear import Linear
 from .checkpoint import Snapshot, write_part
 from .identity import settings_of
 from .plan import Plan
@@ -77,15 +78,20 @@ def arrange(trainer: Any, plan: Plan) -> list[int] | None:
         )
     if model.reading:
         raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
-    if trainer.settings.split is not None:
-        check_split(trainer.settings.split, seat.workers, len(model), first, last)
-        return trainer.settings.split
-    costs = []
-    if seat.writes:
-        costs = measured(trainer, plan)
-    costs = exchange(seat, costs)[0]
-    trainer.stage_milliseconds = costs
-    return best_split(costs, seat.workers, first, last)
+    split = trainer.settings.split
+    if split is not None:
+        check_split(split, seat.workers, len(model), first, last)
+    else:
+        costs = []
+        if seat.writes:
+            costs = measured(trainer, plan)
+        costs = exchange(seat, costs)[0]
+        trainer.stage_milliseconds = costs
+        split = best_split(costs, seat.workers, first, last)
+    linear = [isinstance(stage, Linear) for stage in model.stages]
+    if trainer.cuda_graph == "on" and not any(all(linear[part.start : part.stop]) for part in parts_of(split)):
+        raise InputError("cuda graph 'on' needs a worker whose stages are all Linear; use 'auto'")
+    return split
 
 
 def measured(trainer: Any, plan: Plan) -> list[float]:
