@@ -781,6 +781,15 @@ def test_results_are_sent_in_order_and_none_of_a_device_whose_links_were_ended()
     later.put(Packet("end", {}, {}))
     assert len(sent) == 10
 
+    def broken() -> None:
+        raise RuntimeError("CUDA error")
+
+    failing = devices.LaterSender(SimpleNamespace(put=sent.append), devices.DeviceLinks(CPU))
+    failing.queue.put((Packet("visit", {}, {}), SimpleNamespace(synchronize=broken)))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        failing.put(Packet("end", {}, {}))
+    assert sent[10:] == [Packet("error", {"text": "the last worker: CUDA error", "input": False}, {})]
+
     def gone(packet: Packet) -> None:
         raise Gone("worker 0 is gone (closed)")
 

@@ -14,8 +14,7 @@ import queue
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain, pairwise
 
 import torch
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .links import SLOTS, Gone, Packet, Receiver, Sender, layout, short, views
+from .links import SLOTS, Gone, Packet, Receiver, Sender, layout, views, watching
 from .mesh import Place, agree, exchange
 from .shared import IN_SLOTS
 
@@ -114,13 +113,13 @@ class DeviceSender:
             place.copy_(packet.tensors[name].detach())
         # The head first: there is room for it when the receive of the oldest tensors has been asked for.
         self.host.put(packet._replace(about=packet.about | {"shapes": shapes, "bytes": size}, tensors={}))
-        with gone(self.name):
+        with watching(self.name):
             self.pending.append((dist.isend(whole, group=self.links.out, group_dst=1), whole))
         self._wait(self.slots)
 
     def _wait(self, most: int) -> None:
         """Until so many are on their way. A device waits in its own queue, and uses the memory again behind that."""
-        with gone(self.name):
+        with watching(self.name):
             while len(self.pending) > most:
                 self.pending.popleft()[0].wait()
 
@@ -140,7 +139,7 @@ class DeviceReceiver:
         head, work, whole = self.there.popleft()
         if work is None:
             return head
-        with gone(self.name):
+        with watching(self.name):
             work.wait()
         about = dict(head.about)
         del about["bytes"]
@@ -150,7 +149,7 @@ class DeviceReceiver:
         head, work, whole = self.host.get(), None, None
         if head.kind in IN_SLOTS:
             whole = torch.empty(head.about["bytes"], dtype=torch.uint8, device=self.links.device)
-            with gone(self.name):
+            with watching(self.name):
                 work = dist.irecv(whole, group=self.links.into, group_src=0)
         self.there.append((head, work, whole))
 
@@ -168,8 +167,10 @@ class LaterSender:
     hears of a worker that is gone also while the device waits for that one's tensors."""
 
     def __init__(self, host: Sender, links: DeviceLinks) -> None:
-        self.host, self.links, self.error = host, links, None
-        self.queue: queue.Queue[tuple[Packet, torch.cuda.Event | None]] = queue.Queue(SLOTS)
+        self.host, self.links = host, links
+        self.error: RuntimeError | None = None
+        # Without a limit, at which the host would wait for the device after all: worker 0 knows how many are on their way.
+        self.queue: queue.SimpleQueue[tuple[Packet, torch.cuda.Event | None]] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._send, name="f3triton-results", daemon=True)
         self.thread.start()
 
@@ -181,7 +182,7 @@ class LaterSender:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor.detach(), non_blocking=pinned)
             for name, tensor in packet.tensors.items()
         }
-        event = torch.cuda.Event() if cuda else None
+        event = torch.cuda.Event(blocking=True) if cuda else None
         if event is not None:
             event.record()
         self.queue.put((packet._replace(tensors=copies), event))
@@ -195,19 +196,12 @@ class LaterSender:
         while kind != "end":
             packet, event = self.queue.get()
             kind = packet.kind
-            if event is not None:
-                event.synchronize()
-            if self.error is None and not self.links.aborted:  # else it is not what the device was to compute
+            with suppress(Gone):
                 try:
-                    self.host.put(packet)
-                except Gone as error:
+                    if event is not None:
+                        event.synchronize()
+                    if self.error is None and not self.links.aborted:  # else it is not what the device was to compute
+                        self.host.put(packet)
+                except RuntimeError as error:  # the device's, of which worker 0 has to hear, or Gone
                     self.error = error
-
-
-@contextmanager
-def gone(who: str) -> Iterator[None]:
-    """Inside, what torch says of a lost connection to `who` raises Gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise Gone(f"{who} is gone ({short(error)})") from None
+                    self.host.put(Packet("error", {"text": f"the last worker: {error}", "input": False}, {}))

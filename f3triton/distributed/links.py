@@ -228,11 +228,11 @@ class GlooReceiver:
 
 @contextmanager
 def watching(who: str) -> Iterator[None]:
-    """Inside, what gloo says of a lost connection to `who` raises Gone."""
+    """Inside, what gloo or NCCL says of a lost connection to `who` raises Gone."""
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise Gone(f"{who} is gone ({short(error)})") from None
 
