@@ -24,25 +24,36 @@ from f3triton.run.curves import COLOURS, new_figure, plain_axes, save, scale_val
 from f3triton.run.dry_run import budget_by
 
 from .common import read_result, table, where
-from .local import OWN, TASKS, grouped
+from .local import OWN, TASKS, Task, grouped
 
 MIB = 2**20
 MARKERS = "os^Dv*P"
 # What a network is made for: features or shape of a sample, outputs, predictions of a sample, samples.
 DATA = {
     "mnist": SimpleNamespace(in_features=784, shape=(1, 28, 28), outputs=10, positions=1, samples=60_000),
-    "cifar10": SimpleNamespace(in_features=3072, shape=(3, 32, 32), outputs=10, positions=1, samples=50_000),
+    "cifar10-short": (images := SimpleNamespace(in_features=3072, shape=(3, 32, 32), outputs=10, positions=1, samples=50_000)),
+    "cifar10": images,
     "text": SimpleNamespace(in_features=64, shape=(64,), outputs=65, positions=64, samples=9600),
 }
-TITLES = {"mnist": "MNIST, 784-500x3-10", "cifar10": "CIFAR-10, convolutional", "text": "Tiny Shakespeare, 4 blocks"}
+TITLES = {
+    "mnist": "MNIST, 784-500x3-10",
+    "cifar10-short": "CIFAR-10, convolutional, 5 epochs",
+    "cifar10": "CIFAR-10, convolutional, 20 epochs",
+    "text": "Tiny Shakespeare, 4 blocks",
+}
 CHECKPOINTED = "backprop, checkpointing"
 PARTS = {"weights and moments": ("weights", "moments"), "feedback and errors": ("feedback", "errors")}
 PARTS["activations and gradients"] = ("activations", "gradients")
 
 
+def task_of(name: str) -> Task:
+    """The task of `bench.local`; a short one differs in its epochs."""
+    return TASKS[name.removesuffix("-short")]
+
+
 def budget(name: str, method: str) -> Budget:
     """What a method keeps in a task's network."""
-    task, data = TASKS[name], DATA[name]
+    task, data = task_of(name), DATA[name]
     options = task.methods["backprop" if method == CHECKPOINTED else method]
     settings = {key: value for key, value in options.items() if key not in OWN}
     trainer = f3.Trainer(task.network(data, options), task.loss, f3.Adam(), batch_size=task.batch, device="cpu", **settings)
@@ -82,8 +93,8 @@ def figures() -> dict[str, dict[str, tuple[float, int, dict[str, float]]]]:
     found: dict[str, dict[str, tuple[float, int, dict[str, float]]]] = {}
     for name in DATA:
         groups = grouped(read_result(f"local-{name}.json")["runs"])
-        for method in [*(m for m in TASKS[name].methods if m in groups), CHECKPOINTED]:
-            if "local_positions" in TASKS[name].methods.get(method, {}):  # as many bytes and bits as few candidates have
+        for method in [*(m for m in task_of(name).methods if m in groups), CHECKPOINTED]:
+            if "local_positions" in task_of(name).methods.get(method, {}):  # as many bytes and bits as few candidates have
                 continue
             scores = [one["score"] for one in groups["backprop" if method == CHECKPOINTED else method]]
             memory = budget(name, method).memory
@@ -100,7 +111,7 @@ def show() -> str:
             [method, f"{score:.2f}", seeds, *(f"{mib:.1f}" for mib in parts.values()), f"{sum(parts.values()):.1f}"]
             for method, (score, seeds, parts) in sorted(methods.items(), key=lambda one: sum(one[1][2].values()))
         ]
-        header = [f"{TITLES[name]}: {TASKS[name].metric}", "", "seeds", *(f"{part}, MiB" for part in PARTS), "sum, MiB"]
+        header = [f"{TITLES[name]}: {task_of(name).metric}", "", "seeds", *(f"{part}, MiB" for part in PARTS), "sum, MiB"]
         tables.append(table(header, lines))
     return "\n\n".join(tables)
 
@@ -115,7 +126,7 @@ def draw(path: Path) -> None:
             colour = COLOURS[0] if method.startswith("F3") else COLOURS[1] if method.startswith("local") else COLOURS[-1]
             seen[colour] = place = seen.get(colour, -1) + 1
             axes.plot(sum(parts.values()), score, MARKERS[place], color=colour, ms=7, alpha=0.85, label=method)
-        axes.set(title=TITLES[name], xlabel="memory of training, MiB", ylabel=TASKS[name].metric)
+        axes.set(title=TITLES[name], xlabel="memory of training, MiB", ylabel=task_of(name).metric)
         axes.margins(0.1)
         scale_values(axes, "y", [score for score, *_ in methods.values()], log=True)
         axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))

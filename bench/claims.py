@@ -71,7 +71,8 @@ def good() -> list[Claim]:
     ddp, inside = (many[f"backprop, two {how}"] / many["backprop, one worker"]
                    for how in ("processes, DDP", "threads inside the products"))  # fmt: skip
     paper = last("paper.json", "mnist")
-    mnist, images, kept = means("mnist"), means("cifar10"), {task: memory_of(task) for task in ("mnist", "cifar10")}
+    mnist, images, more = means("mnist"), means("cifar10-short"), means("cifar10")
+    kept = {task: memory_of(task) for task in ("mnist", "cifar10")}
     flat, conv = kept["mnist"], kept["cifar10"]
     times = [seconds(network) for network in ("1 tanh", "1 ReLU, layer norm", "3 ReLU, layer norm")]
     return [
@@ -127,10 +128,12 @@ def good() -> list[Claim]:
         ),
         Claim(
             "On a convolutional network they lose accuracy; a reach of 2 gives it back, and most of the saved memory with it",
-            f"CIFAR-10, one seed: local errors {images['local']:.1f} % with {conv['local']:.0f} MiB, reach 2"
-            f" {images['local, reach 2']:.1f} % with {conv['local, reach 2']:.0f}; backpropagation"
-            f" {images['backprop']:.1f} % with {conv['backprop']:.0f}",
-            images["local, reach 2"] < images["local"] and conv["local"] < conv["local, reach 2"] < conv["backprop"],
+            f"CIFAR-10, 5 epochs, 3 seeds (20 epochs, one seed): local errors {images['local']:.1f} % ({more['local']:.1f})"
+            f" with {conv['local']:.0f} MiB, reach 2 {images['local, reach 2']:.1f} % ({more['local, reach 2']:.1f}) with"
+            f" {conv['local, reach 2']:.0f}; backpropagation {images['backprop']:.1f} % ({more['backprop']:.1f}) with"
+            f" {conv['backprop']:.0f}",
+            all(one["local, reach 2"] < min(one["local"] - 1, one["backprop"] + 0.5) for one in (images, more))
+            and conv["local"] < conv["local, reach 2"] < conv["backprop"],
             "local-cifar10.json",
         ),
     ]
@@ -138,12 +141,12 @@ def good() -> list[Claim]:
 
 def not_good() -> list[Claim]:
     """What it is not."""
-    mnist, images, text = (means(task) for task in ("mnist", "cifar10", "text"))
+    mnist, images, more, text = (means(task) for task in ("mnist", "cifar10-short", "cifar10", "text"))
     needs = {"MNIST": memory_of("mnist"), "CIFAR-10": memory_of("cifar10"), "text": memory_of("text")}
     methods = ("local", "F3 in windows", CHECKPOINTED, "backprop")
     tables = "paper-tables.json"
     rare, census = last(tables, "kddcup99"), last(tables, "census-income-kdd")
-    largest = medians("memory-scaling-largest.json", part="largest MLP of width 512, batch 512, measured", x=2.0)
+    largest = medians("memory-scaling-largest.json", part="largest MLP of width 512, batch 512, measured", x=4.0)
     peer = "bp-checkpoint-in-backward"
     time = seconds("1 ReLU, layer norm")
     angles = [row for row in read_result("alignment.json")["rows"] if row["part"] != "ViT" and row["method"] == "f3"]
@@ -152,22 +155,23 @@ def not_good() -> list[Claim]:
     return [
         Claim(
             "F3 as the paper has it falls behind in deeper networks; windows help, and do not close the gap",
-            f"MNIST, 784-500x3-10, 20 epochs, one seed (backpropagation 3): F3 {mnist['F3']:.2f} %, in windows"
+            f"MNIST, 784-500x3-10, 20 epochs, 3 seeds: F3 {mnist['F3']:.2f} %, in windows"
             f" {mnist['F3 in windows']:.2f}, DFA {mnist['DFA']:.2f}, backpropagation {mnist['backprop']:.2f}",
             mnist["F3"] > mnist["F3 in windows"] > mnist["DFA"] > mnist["backprop"],
             "local-mnist.json",
         ),
         Claim(
             "Random feedback, delayed or not, does not train convolutional networks well",
-            f"CIFAR-10, one seed: F3 in windows {images['F3 in windows']:.1f} %, DFA {images['DFA']:.1f}, backpropagation"
-            f" {images['backprop']:.1f}",
-            min(images["F3 in windows"], images["DFA"]) > images["backprop"] + 5,
+            f"CIFAR-10, 5 epochs, 3 seeds (20 epochs, one seed): F3 in windows {images['F3 in windows']:.1f} %"
+            f" ({more['F3 in windows']:.1f}), DFA {images['DFA']:.1f} ({more['DFA']:.1f}), backpropagation"
+            f" {images['backprop']:.1f} ({more['backprop']:.1f})",
+            all(min(one["F3 in windows"], one["DFA"]) > one["backprop"] + 5 for one in (images, more)),
             "local-cifar10.json",
         ),
         Claim(
             "Nor language models: it does worse with four blocks than backpropagation with the first one alone",
-            f"Tiny Shakespeare, bits a character: F3 in windows {text['F3 in windows']:.2f}, DFA {text['DFA']:.2f} (one seed);"
-            f" backpropagation {text['backprop']:.2f}, **with one block {text['backprop, 1 block']:.2f}** (3 seeds)",
+            f"Tiny Shakespeare, bits a character: F3 in windows {text['F3 in windows']:.2f}, DFA {text['DFA']:.2f};"
+            f" backpropagation {text['backprop']:.2f}, **with one block {text['backprop, 1 block']:.2f}** (3 seeds each)",
             min(text["F3 in windows"], text["DFA"]) > text["backprop, 1 block"],
             "local-text.json",
         ),
@@ -202,7 +206,7 @@ def not_good() -> list[Claim]:
         ),
         Claim(
             "The largest model in a given memory: checkpointing, the optimizer in backward and 8-bit Adam allow as large a one",
-            f"layers of 512 in 2 GiB, F3 / checkpointing: float32 {largest['f3']:.0f} / {largest[peer]:.0f}, 8-bit moments"
+            f"layers of 512 in 4 GiB, F3 / checkpointing: float32 {largest['f3']:.0f} / {largest[peer]:.0f}, 8-bit moments"
             f" {largest['f3-int8']:.0f} / {largest[f'{peer}-8bit']:.0f}, and bfloat16 {largest['f3-bf16-int8']:.0f} /"
             f" {largest[f'{peer}-8bit-bf16']:.0f}",
             largest["f3-int8"] <= largest[f"{peer}-8bit"] and largest["f3-bf16-int8"] <= largest[f"{peer}-8bit-bf16"],

@@ -154,7 +154,7 @@ def local_table(task: str) -> str:
     from .local import TASKS, show
 
     name = f"local-{task}.json"
-    return f"{show(TASKS[task].metric, read_result(name)['runs'])}\n\n{source(name)}"
+    return f"{show(TASKS[task.removesuffix('-short')].metric, read_result(name)['runs'])}\n\n{source(name)}"
 
 
 def choice_table(task: str) -> str:
@@ -304,7 +304,7 @@ def layers_table() -> str:
     return f"{by_x(name, part, 'hidden layers', '.0f', order=METHODS)}\n\n{source(name)}"
 
 
-LOCAL_TASKS = ("mnist", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
+LOCAL_TASKS = ("mnist", "cifar10-short", "cifar10", "text", "vit-mnist", "vit-cifar10", "tried")
 TABLES = {
     "good-for": lambda: claims_table("good"),
     "not-good-for": lambda: claims_table("not_good"),
