@@ -87,7 +87,8 @@ def load_text(
         text: a file; or a column of `dataset`, whose rows are joined by line breaks.
         dataset, config, revision, train_split, test_split: as for `load_dataset`.
         context: tokens of a window.
-        tokenizer: `characters` (those of the training text), `bytes`, or the JSON file of a tokenizer.
+        tokenizer: `characters` (those of the training text, before a test part is cut from it), `bytes`, or the JSON file of
+            a tokenizer.
         test_fraction: the share of the text kept for testing, at its end, where there is no test split; by default 0.1.
         max_train_samples, max_test_samples: keep the first so many windows.
         preprocessing: that of an earlier run, whose tokens these are then too.
@@ -122,7 +123,8 @@ def load_text(
         train, test = train[:at], train[at:]
         notes.append(f"split: the last {test_fraction:.0%} of the text kept for testing")
     if preprocessing is None:
-        fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
+        cut = bool(notes)  # then the characters are those of the whole text, as classes are those of all rows
+        fitted = fit_tokenizer(tokenizer, [train, test] if cut else [train], whole if cut else f"the training part of {whole}")
         target = Target(LANGUAGE_MODELING, names=fitted.names)
         preprocessing = Preprocessing(TEXT, (context,), target, tokenizer=fitted, text=column, notes=tuple(notes))
     fitted = preprocessing.tokenizer

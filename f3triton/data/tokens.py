@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def fit_tokenizer(kind: str, texts: Sequence[str | bytes], where: str) -> Tokenizer:
-    """The tokenizer of a word or a file's name; `characters` are those of the training `texts`.
+    """The tokenizer of a word or a file's name; `characters` are those of the `texts`.
 
     Raises InputError: no such word or file, a file that is no tokenizer, the library missing.
     """
