@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,29 @@ def test_its_files_are_predicted(photos: Path, place: Path) -> None:
 )
 def test_sizes_that_are_refused(options: str, message: str, place: Path, photos: Path, sales: Path, capsys) -> None:
     assert message in fails(capsys, *options.replace("{}", str(place)).split())
+
+
+def test_one_answer_to_everything_stands_beside_a_figure(place: Path, capsys: pytest.CaptureFixture) -> None:
+    """By hand: rows 0, 1, 2, ... of which the first hundred are for training."""
+    values = [float(i % 7) for i in range(120)]
+    for part, rows in (("train", values[:100]), ("test", values[100:])):
+        lines = [f"{v},{3 * v},{'many' if v < 5 else 'few'}" for v in rows]
+        (place / "plain").mkdir(exist_ok=True)
+        (place / "plain" / f"{part}.csv").write_text("\n".join(["a,amount,word", *lines]))
+    mean = sum(values[:100]) / 100
+    mse = sum(9 * (v - mean) ** 2 for v in values[100:]) / 20
+    wrong = 100 * sum(v >= 5 for v in values[100:]) / 20
+    command = ["--dataset", place / "plain", *SMALL, "--epochs", "2", "--output-dir"]
+    assert run(*command, place / "number", "--target", "amount", "--features", "a") == 0
+    summary, out = json.loads((place / "number" / "summary.json").read_text()), capsys.readouterr().out
+    assert summary["guess"]["test_mse_in_units"]["amount"] == pytest.approx(mse)
+    got = summary["test_mse_in_units"]["amount"]
+    told = f"amount {got**0.5:.4g} (always the training mean: {mse**0.5:.4g}; R2 {1 - got / mse:.2f})"
+    assert f"root mean squared error of f3 in the target's own units: {told}\n" in out
+    assert f"\nthe mean  {summary['guess']['test_mse']:13.4f}\n" in out
+    assert run(*command, place / "class", "--target", "word", "--features", "a") == 0
+    assert f"\nalways many  {wrong:.2f} %\n" in capsys.readouterr().out
+    (place / "abab.txt").write_text("ab" * 300)
+    text = ["--text", place / "abab.txt", "--context", "8", "--dim", "8", "--depth", "1", "--epochs", "1"]
+    assert run(*text, "--output-dir", place / "text") == 0
+    assert re.search(r"\nby frequency +1\.0000\n", capsys.readouterr().out)
