@@ -117,7 +117,7 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             if path.stat().st_size == 0:
                 raise InputError(f"file {name!r} is empty")
             _none_of(f"file {name!r}", config=config)
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
+            options = _separated(path) if reader == "csv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
             check_json([path])
             _check_rows([path], streaming)
@@ -136,6 +136,15 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
         return _load(str(path.resolve()), streaming, name=config, **options)
+
+
+def _separated(path: Path) -> dict[str, Any]:
+    """What separates the fields of a text file, for its reader: of a .csv, semicolons or tabs where its first line has such
+    and no comma."""
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    found = "\t" if path.suffix.lower() == ".tsv" else next((sep for sep in ",;\t" if sep.encode() in first), ",")
+    return {} if found == "," else {"sep": found}
 
 
 def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
@@ -303,7 +312,9 @@ def reading(name: str, quiet: bool = True) -> Iterator[None]:
         elif "converting to" in text or "as a scalar of type" in text:
             text += " (the first rows set the type of each column, and later rows or files must have it)"
         elif "Error tokenizing data" in text:
-            text += " (fields of a .csv are separated by commas, those of a .tsv by tabs; decimals have a point)"
+            text += (
+                " (fields of a .csv are separated by what its first line has: commas, semicolons, tabs; decimals have a point)"
+            )
         elif "codec can't decode" in text:
             text += " (text must be UTF-8)"
         if "corresponds to no data" in text:
