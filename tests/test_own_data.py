@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from test_train_script import fails, run
@@ -170,3 +171,28 @@ def test_one_answer_to_everything_stands_beside_a_figure(place: Path, capsys: py
     text = ["--text", place / "abab.txt", "--context", "8", "--dim", "8", "--depth", "1", "--epochs", "1"]
     assert run(*text, "--output-dir", place / "text") == 0
     assert re.search(r"\nby frequency +1\.0000\n", capsys.readouterr().out)
+
+
+def test_a_data_frame_is_a_data_set() -> None:
+    frame = pd.DataFrame({"a": [float(i) for i in range(60)], "word": ["no", "yes"] * 30}, index=range(100, 160))
+    train, test = f3.load_dataset(frame, target="word")
+    assert (train.in_features, train.outputs, len(train), len(test)) == (1, 2, 48, 12)
+    assert len(f3.load_dataset({"train": frame, "test": frame[:5]}, target="word")[1]) == 5
+    with pytest.raises(f3.InputError, match="data set 'DataFrame' cannot be read: Duplicate column names"):
+        f3.load_dataset(pd.concat([frame, frame], axis=1))
+    with pytest.raises(f3.InputError, match=r"targets are a Series, .*: they are words, .* f3triton.load_dataset takes a data"):
+        f3.Trainer(f3.models.MLP([1, 2])).fit((frame[["a"]], frame["word"]), 1)
+
+
+def test_predictions_of_images_name_them(photos: Path, place: Path) -> None:
+    assert run("--predict", photos, place / "photos", "--output-dir", place / "named", "--quiet") == 0
+    with open(place / "named" / "photos-predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(Path(row["image"]).parent.name == row["prediction"] for row in rows)
+
+
+def test_a_run_is_named_by_its_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert run("--dataset", place / "sales.csv", "--target", "sold", *SMALL, "--quiet") == 0
+    assert [folder.name[:9] for folder in (place / "runs").iterdir()] == ["sales-f3-"]

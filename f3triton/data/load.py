@@ -24,10 +24,11 @@ from .targets import Target, choose_task, encode_target, fit_target, target_note
 
 if TYPE_CHECKING:
     import datasets
+    import pandas
 
 
 def load_dataset(
-    name: str | Path | datasets.Dataset | datasets.DatasetDict = "digits",
+    name: str | Path | datasets.Dataset | datasets.DatasetDict | pandas.DataFrame = "digits",
     *,
     config: str | None = None,
     revision: str | None = None,
@@ -49,7 +50,8 @@ def load_dataset(
     Args:
         name: `"digits"` (bundled); a folder that `datasets.load_dataset` or `load_from_disk` reads; a `.parquet`, `.csv`,
             `.tsv`, `.json` or `.jsonl` file (the fields of a csv are separated by commas, or by the semicolons or tabs of a
-            first line without commas); a data set on the Hugging Face hub; or one that is loaded already.
+            first line without commas); a data set on the Hugging Face hub; or one that is loaded already, as a
+            `pandas.DataFrame` too, or a dict of such by split.
         config, revision: of a data set that has several.
         train_split: by default `train`, or the only split there is.
         test_split: by default the first of `test`, `validation`, `valid`, `dev` that exists; without one, test rows are

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -81,16 +82,27 @@ def _none_of(what: str, **options: str | None) -> None:
 def _loaded(source: Any, streaming: bool = False) -> tuple[str, dict[str, Any]]:
     import datasets
 
+    source = {k: _of_frame(v) for k, v in source.items()} if type(source) is dict else _of_frame(source)
     kinds = (datasets.Dataset, datasets.IterableDataset) if streaming else datasets.Dataset
     if isinstance(source, kinds):
         return source.info.dataset_name or "dataset", {str(source.split or "train"): source}
     if isinstance(source, Mapping) and source and all(isinstance(split, kinds) for split in source.values()):
         name = next(iter(source.values())).info.dataset_name
         return name or "dataset", {str(split): rows for split, rows in source.items()}
+    kinds = "a pandas.DataFrame, a datasets.Dataset, or a dict of such by split"
     hint = "; load it without streaming, or use stream_dataset" if "Iterable" in type(source).__name__ else ""
-    raise InputError(
-        f"a {type(source).__name__} is no data set; give a name, a path, a datasets.Dataset or a DatasetDict{hint}"
-    )
+    raise InputError(f"a {type(source).__name__} is no data set; give a name, a path, {kinds}{hint}")
+
+
+def _of_frame(source: Any) -> Any:
+    """The rows of a pandas.DataFrame, without its index; anything else as it is."""
+    import datasets
+
+    pandas = sys.modules.get("pandas")  # where nothing has imported it, nothing is a frame
+    if pandas is None or not isinstance(source, pandas.DataFrame):
+        return source
+    with reading("DataFrame"):
+        return datasets.Dataset.from_pandas(source, preserve_index=False)
 
 
 def _bundled(name: str) -> dict[str, Any]:
