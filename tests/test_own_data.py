@@ -196,3 +196,22 @@ def test_a_run_is_named_by_its_file(place: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(place)
     assert run("--dataset", place / "sales.csv", "--target", "sold", *SMALL, "--quiet") == 0
     assert [folder.name[:9] for folder in (place / "runs").iterdir()] == ["sales-f3-"]
+
+
+def test_a_figure_that_is_no_better_than_one_answer_is_told(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "noise.csv").write_text("a,y\n" + "".join(f"{i * 37 % 11},{i % 20 == 3}\n" for i in range(60)))
+    command = ["--dataset", place / "noise.csv", "--lr", "1e-9", *SMALL, "--output-dir"]
+    for method, also in (("f3", ", --method local or bp"), ("bp", "")):
+        assert run(*command, place / f"noise-{method}", "--method", method) == 0
+        told = (
+            f"{method} is no better than one answer to everything after 2 steps; to try: more --epochs, a smaller --batch-size"
+        )
+        assert f"{told}, another --lr{also}\n" in capsys.readouterr().out
+
+
+def test_images_without_classes_and_broken_ones_are_told(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_photos(place / "broken")
+    kind = next(folder for folder in (place / "broken").iterdir() if folder.is_dir())
+    assert "holds images and no classes; a folder of images needs a folder for each class" in fails(capsys, "--dataset", kind)
+    (kind / "x.png").write_bytes(b"no image")
+    assert f"({str(kind / 'x.png')!r}): it is no image file" in fails(capsys, "--dataset", place / "broken", "--image-size", 8)

@@ -48,6 +48,12 @@ def report(summary: Mapping[str, object], folder: RunFolder, targets: tuple[str,
             (row[0].ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))).rstrip()
             for row in rows
         ]
+        if guess is not None and summary[found] >= guess[found]:
+            also = "" if summary["method"] in ("bp", "local") else ", --method local or bp"
+            lines.append(
+                f"{summary['method']} is no better than one answer to everything after {summary['steps']:,} steps; to try: "
+                f"more --epochs, a smaller --batch-size, another --lr{also}"
+            )
     if summary.get("test_mse") is not None:
         own = ", ".join(_in_units(name, summary) for name in targets)
         lines.append(f"root mean squared error of {summary['method']} in the target's own units: {own}")
