@@ -62,9 +62,9 @@ def test_windows(path) -> None:
 
 def test_a_cut_leaves_characters_whole(tmp_path) -> None:
     file = tmp_path / "text.txt"
-    file.write_text("世" * 41, encoding="utf-8")
+    file.write_text("世" * 40 + "界", encoding="utf-8")
     train, test = f3.load_text(file, context=2, test_fraction=0.35)
-    assert train.outputs == 1
+    assert train.outputs == 2
     assert len(train.stream) + len(test.stream) in (40, 41)
 
 
@@ -193,3 +193,17 @@ def test_a_prompt_is_utf8_in_every_locale() -> None:
     narrow = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", told, "--prompt", "你好".encode()]
     assert subprocess.run(command, env=narrow, capture_output=True, text=True, check=True).stdout.strip() == ascii("你好")
+
+
+def test_odd_texts(tmp_path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abab" * 30, encoding="utf-8-sig")
+    assert f3.load_text(file, context=4)[0].preprocessing.target.names == ("a", "b")  # and no byte order mark
+    file.write_text("a" * 50)
+    with pytest.raises(f3.InputError, match="has one character only, 'a'; needed are two"):
+        f3.load_text(file, context=4)
+    rows = datasets.Dataset.from_dict({"s": ["abc", None, "cab"] * 20})
+    train, _ = f3.load_text("s", rows, context=4)
+    assert train.preprocessing.tokenizer.decode(train.stream.tolist()).startswith("abc\ncab\nabc")
+    with pytest.raises(f3.InputError, match="column 's' of split 'train' has no text"):
+        f3.load_text("s", datasets.Dataset.from_dict({"s": ["", ""]}))
