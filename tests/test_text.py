@@ -206,4 +206,4 @@ def test_odd_texts(tmp_path) -> None:
     train, _ = f3.load_text("s", rows, context=4)
     assert train.preprocessing.tokenizer.decode(train.stream.tolist()).startswith("abc\ncab\nabc")
     with pytest.raises(f3.InputError, match="column 's' of split 'train' has no text"):
-        f3.load_text("s", datasets.Dataset.from_dict({"s": ["", ""]}))
+        f3.load_text("s", datasets.Dataset.from_dict({"s": [None, None]}))
