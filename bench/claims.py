@@ -50,9 +50,9 @@ def last(file: str, recipe: str) -> dict[str, float]:
     return {name: statistics.mean(run["last"] for run in seeds.values()) for name, seeds in runs.items()}
 
 
-def seconds(network: str) -> dict[str, float]:
+def seconds(network: str, cores: str = "one core") -> dict[str, float]:
     """Of the fastest that got to 2 percent on MNIST: F3 in any form, local errors, backpropagation; drawn by error or not."""
-    found = medians("time-to-accuracy.json", metric="seconds to the target", network=network)
+    found = medians("time-to-accuracy.json", metric="seconds to the target", network=network, x=cores)
     kinds = {kind: [time for method, time in found.items() if method.startswith(kind)] for kind in ("f3", "local", "bp")}
     return {kind: min(times) for kind, times in kinds.items() if times}
 

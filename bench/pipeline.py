@@ -57,10 +57,10 @@ def sizes(options: argparse.Namespace) -> list[int]:
     return [784, *[options.width] * options.depth, 10]
 
 
-def samples(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """So many batches that no row is read while it is on its way, but at the epoch's ends."""
+def samples(batch: int, batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many batches of random samples, of 784 inputs and 10 classes."""
     generator = torch.Generator().manual_seed(0)
-    count = options.batch * min(options.steps, 50)
+    count = batch * batches
     return torch.randn(count, 784, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
@@ -75,17 +75,18 @@ class Timed:
         self.cpu, self.wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
 
 
-def by_trainer(options: argparse.Namespace, **settings: object) -> tuple[Timed, int]:
-    """(times, steps) of a fit, after one of a few steps."""
-    x, y = samples(options)
-    for epochs in (1, options.steps // (len(x) // options.batch)):
+def by_trainer(
+    model: Callable[[], f3.Sequential], batch: int, batches: int, epochs: int, **settings: object
+) -> tuple[Timed, int]:
+    """(times, steps) of a fit to so many batches, after one of a few steps."""
+    x, y = samples(batch, batches)
+    for rows, visits in ((5 * batch, settings.get("visits", 1)), (len(x), epochs)):
         torch.manual_seed(0)
-        trainer = f3.Trainer(f3.models.MLP(sizes(options)), "bce", ADAM, batch_size=options.batch, device="cpu", **settings)
-        data = (x[: 5 * options.batch], y[: 5 * options.batch]) if epochs == 1 else (x, y)
-        train = f3.Dataset.from_tensors(*data)
-        trainer.check(train, None, epochs, epochs)  # and the stages are measured
+        trainer = f3.Trainer(model(), "bce", ADAM, batch_size=batch, device="cpu", **settings)
+        train = f3.Dataset.from_tensors(x[:rows], y[:rows])
+        trainer.check(train, None, visits, visits)  # and the stages are measured
         with Timed() as timed:
-            trainer.fit(train, epochs, eval_every=epochs)
+            trainer.fit(train, visits, eval_every=visits)
     return timed, trainer.result.steps
 
 
@@ -108,7 +109,7 @@ def by_schedule(options: argparse.Namespace, zbv: bool, microbatches: int) -> tu
     loss = nn.functional.cross_entropy
     make = ScheduleZBVZeroBubble if zbv else Schedule1F1B
     schedule = make(stages if zbv else stages[0], microbatches, loss_fn=loss)
-    x, y = samples(options)
+    x, y = samples(options.batch, min(options.steps, 50))
     batches = list(zip(x.split(options.batch), y.split(options.batch), strict=True))
     has_last = count - 1 in own
 
@@ -129,16 +130,20 @@ def by_schedule(options: argparse.Namespace, zbv: bool, microbatches: int) -> tu
 
 
 def child(options: argparse.Namespace) -> None:
-    """One worker's process: its figures, as a line of JSON."""
+    """One worker's process."""
     processes, threads, kind, argument = RUNS[options.child]
     torch.set_num_threads(threads)
-    if kind == "f3":
-        timed, steps = by_trainer(options, pipeline=argument)
-    elif kind == "bp":
-        timed, steps = by_trainer(options, method="bp", data_parallel=int(argument))
+    if kind in ("f3", "bp"):
+        settings = {"pipeline": argument} if kind == "f3" else {"method": "bp", "data_parallel": int(argument)}
+        batches = min(options.steps, 50)  # no row is read while it is on its way, but at the epoch's ends
+        found = by_trainer(lambda: f3.models.MLP(sizes(options)), options.batch, batches, options.steps // batches, **settings)
     else:
-        timed, steps = by_schedule(options, kind == "zbv", int(argument))
-    cores = threads if processes == 1 else 1
+        found = by_schedule(options, kind == "zbv", int(argument))
+    tell(*found, threads if processes == 1 else 1)
+
+
+def tell(timed: Timed, steps: int, cores: int) -> None:
+    """The figures of a worker's process that used so many cores, as a line of JSON for `launched`."""
     found = {
         "rank": int(os.environ.get("RANK", 0)),
         "steps_per_second": steps / timed.wall,
@@ -150,18 +155,22 @@ def child(options: argparse.Namespace) -> None:
     sys.stdout.write(f"\n@{json.dumps(found)}\n")
 
 
-def measured(name: str, options: argparse.Namespace) -> list[dict]:
-    """What the workers of one run say."""
-    processes = RUNS[name][0]
+def launched(processes: int, module: str, *arguments: str) -> list[dict]:
+    """What each of so many processes of a module has told, by rank. Raises RuntimeError where one has failed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    own = ["--child", name, *(f"--{key}={getattr(options, key)}" for key in ("batch", "steps", "depth", "width"))]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "bench.pipeline", *own]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [line.partition("@")[2] for line in done.stdout.splitlines() if line.startswith("@")]
     if done.returncode or len(lines) != processes:
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "terminate" in line] or ["no output"]
-        raise RuntimeError(said[0])
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "error:" in line or "terminate" in line]
+        raise RuntimeError((said or ["no output"])[0])
     return sorted(map(json.loads, lines), key=lambda found: found["rank"])
+
+
+def measured(name: str, options: argparse.Namespace) -> list[dict]:
+    """What the workers of one run say."""
+    own = (f"--{key}={getattr(options, key)}" for key in ("batch", "steps", "depth", "width"))
+    return launched(RUNS[name][0], "bench.pipeline", "--child", name, *own)
 
 
 def rows_of(runs: dict[tuple[str, int], list[list[dict]]]) -> list[dict]:

@@ -116,14 +116,9 @@ def compiled_table() -> str:
 
 
 def time_table() -> str:
-    content = read_result("time-to-accuracy.json")
-    rows = [row for row in content["rows"] if row["metric"] == "seconds to the target"]
-    lines = [
-        [row["network"], row["method"], f"{row['lr']:g}", row["epochs"], f"{row['steps']:,}", f"{row['median']:.1f}"]
-        for row in rows
-    ]
-    header = ["hidden layers", "", "learning rate", "epochs of the run", "steps", "seconds"]
-    return f"{table(header, lines)}\n\n{source('time-to-accuracy.json')}; {content['settings']['note']}"
+    from .time_to_accuracy import show
+
+    return f"{show(read_result('time-to-accuracy.json')['rows'])}\n\n{source('time-to-accuracy.json')}"
 
 
 def accuracy_memory_table() -> str:
@@ -295,12 +290,11 @@ def claims_table(kind: str) -> str:
 
 
 def times_table() -> str:
-    """The seconds of `time_table`: a line for each method, a column for each network."""
+    """The seconds of `time_table`: a line for each method, a column for each network and number of cores."""
     name = "time-to-accuracy.json"
-    content = read_result(name)
-    rows = [row for row in content["rows"] if row["metric"] == "seconds to the target"]
-    head = "seconds to 2 % on MNIST, by hidden layers"
-    return f"{crossed(rows, 'network', head, '.1f')}\n\n{source(name)}; {content['settings']['note']}"
+    rows = [row for row in read_result(name)["rows"] if row["metric"] == "seconds to the target"]
+    rows = [{**row, "network": f"{row['network']}; {row['x']}"} for row in rows]
+    return f"{crossed(rows, 'network', 'seconds to 2 % on MNIST, by hidden layers', '.1f')}\n\n{source(name)}"
 
 
 def layers_table() -> str:

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import common, gpu, memory_child, memory_scaling, step, step_gpu  # noqa: E402
+from bench import common, gpu, memory_child, memory_scaling, step, step_gpu, time_to_accuracy  # noqa: E402
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -201,3 +201,18 @@ def test_a_failing_measurement_of_memory_hides_no_other(tmp_path: Path, monkeypa
     }
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert not (tmp_path / "memory.partial.json").exists()
+
+
+def test_seconds_to_a_target_are_the_median_of_all_seeds() -> None:
+    """Also of one that did not get there; with two cores by the fastest form; most of them not: no bar."""
+    rates = {"one core": [10.0], "two threads inside the products": [15.0], "pipeline of two threads": [20.0, 30.0, 20.0]}
+    speeds = {("3 tanh", "local", form): found for form, found in rates.items()}
+    curve = [[100, 3.0, 3.1], [200, 2.0, 1.9]]
+    for steps, seconds in (([100, math.inf, 200], [20.0, 10.0]), ([100, 120, 200], [12.0, 6.0]), ([math.inf, 9, math.inf], [])):
+        chosen = time_to_accuracy.Chosen("3 tanh", "local", 10, 1e-3, curve, steps)
+        rows = time_to_accuracy.rows_of(chosen, "mnist", 2.0, speeds)
+        there = [row for row in rows if row["metric"] == "seconds to the target"]
+        assert [row["median"] for row in there] == seconds
+        assert all(row["n"] == sum(step < math.inf for step in steps) for row in there)
+        assert [row["form"] for row in there] == ["one core", "pipeline of two threads"][: len(seconds)]
+        assert time_to_accuracy.show(rows).count("3 tanh") == bool(seconds)

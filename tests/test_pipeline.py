@@ -19,8 +19,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,11 +34,13 @@ from torch import nn
 import f3triton as f3
 from f3triton.base import faults
 from f3triton.base.data import Visit
-from f3triton.distributed import mesh
-from f3triton.distributed.links import Packet, pack, unpack
+from f3triton.distributed import devices, mesh
+from f3triton.distributed.links import Gone, Packet, pack, unpack
 from f3triton.distributed.ring import Needs
 from f3triton.distributed.split import best_split, milliseconds, parts_of
 from f3triton.kernels import eager
+from f3triton.learn import step
+from f3triton.learn.cuda_graph import GraphedStep
 from f3triton.learn.peers import BackpropLearner
 from f3triton.learn.signal import Signal
 from f3triton.learn.step import F3Learner
@@ -320,15 +324,20 @@ def said(folder: Path, count: int) -> str:
     return "".join(f"{rank}: {(folder / f'{rank}.log').read_text()}" for rank in range(count))
 
 
+BY_DEVICES = ["mlp", "windows, skip", "turns", "bfloat16 weights", "vit"]
 IN_PROCESSES = ["mlp", "momentum", "windows, skip", "turns", "top-2", "bfloat16 weights", "vit", "stream", "local"]
 
 
 @forks
-@pytest.mark.parametrize("workers", [2, 3, 4])
-def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All choices in one run of the processes, one after the other; of three as if they were on several hosts."""
+@pytest.mark.parametrize(("workers", "link"), [(2, "host"), (3, "host"), (4, "host"), (2, "nccl"), (3, "nccl")])
+def test_processes_have_the_bits_of_one_worker(
+    workers: int, link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All choices in one run of the processes, one after the other; of three as if they were on several hosts. Gloo is in the
+    place of NCCL."""
     monkeypatch.setattr("f3triton.run.workers.available", lambda: workers != 3)
-    names = [name for name in IN_PROCESSES if workers < 4 or name != "local"]
+    monkeypatch.setattr("f3triton.distributed.devices.BACKEND", "gloo")
+    names = [name for name in IN_PROCESSES if workers < 4 or name != "local"] if link == "host" else BY_DEVICES
     one, folders = {}, {}
     for name in names:
         folders[name] = tmp_path / name
@@ -337,7 +346,7 @@ def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, mon
 
     def work(rank: int) -> object:
         with sleeping(workers, 0.002):
-            return {name: train(folders[name], "auto", **CHOICES[name]) for name in names}
+            return {name: train(folders[name], "auto", pipeline_link=link, **CHOICES[name]) for name in names}
 
     assert together(workers, work, tmp_path) == [0] * workers, said(tmp_path, workers)
     for rank in range(workers):
@@ -345,6 +354,46 @@ def test_processes_have_the_bits_of_one_worker(workers: int, tmp_path: Path, mon
         for name in names:
             wanted = json.loads(json.dumps(one[name]))
             assert found[name] == (wanted if rank == 0 else {k: v for k, v in wanted.items() if k != "checkpoints"}), name
+
+
+@forks
+@pytest.mark.parametrize(("workers", "link"), [(2, "host"), (3, "nccl")])
+def test_graphs_of_parts_have_the_bits_of_a_graph_of_the_whole(
+    workers: int, link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured on CUDA runs here as it is: the same tensors, read and written in place, and a short last batch."""
+    monkeypatch.setattr("f3triton.distributed.devices.BACKEND", "gloo")
+    original, made = f3.Trainer.__init__, []
+
+    def with_graph(self: f3.Trainer, *arguments: object, **given: object) -> None:
+        original(self, *arguments, **given)
+        self.cuda_graph = "on"
+
+    monkeypatch.setattr(f3.Trainer, "__init__", with_graph)
+    monkeypatch.setattr(step, "GraphedStep", lambda *given: made.append(GraphedStep(*given)) or made[-1])
+    names = ["mlp", "windows, skip", "turns", "momentum", "drtp", "local"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    one = {name: train(tmp_path / f"{name}, one", "off", **CHOICES[name]) for name in names}
+
+    def work(rank: int) -> object:
+        made.clear()
+        with sleeping(workers, 0.002):
+            found = [train(tmp_path / name, "auto", pipeline_link=link, **CHOICES[name])["weights"] for name in names]
+        return [found, [graph.steps for graph in made]]
+
+    assert together(workers, work, tmp_path) == [0] * workers, said(tmp_path, workers)
+    for rank in range(workers):
+        weights, steps = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert weights == [one[name]["weights"] for name in names]
+        assert (len(steps), sum(steps)) == (8, 32 * len(names))  # of two kinds with windows; all but the short batches
+
+
+def test_a_graph_needs_a_worker_of_linear_stages() -> None:
+    trainer = f3.Trainer(network("dropout"), device="cpu", pipeline="threads:2", pipeline_split="2,2")
+    trainer.cuda_graph = "on"
+    with pytest.raises(f3.InputError, match="cuda graph 'on' needs a worker whose stages are all Linear; use 'auto'"):
+        trainer.check(data("dropout"), None, 1)
 
 
 @forks
@@ -450,30 +499,31 @@ def test_replicas_are_interrupted_after_the_same_step(pipeline: int | str, tmp_p
     assert train(tmp_path / "two", "off", batch_size=16)["weights"] == one["weights"]
 
 
-def killed(folder: Path, workers: int, victim: int, steps: int) -> list[int]:
+def killed(folder: Path, workers: int, victim: int, steps: int, **more: object) -> list[int]:
     """Exit codes of processes of which one is killed where it begins a step."""
     parts = {2: (0, 2), 3: (0, 2, 3), 4: (0, 1, 2, 3)}[workers]
     split = {2: "2,2", 3: "2,1,1", 4: "1,1,1,1"}[workers]
 
     def work(rank: int) -> object:
         with stopping_at(steps, lambda: os.kill(os.getpid(), signal.SIGKILL), parts[victim]):
-            return train(folder, "auto", pipeline_split=split)
+            return train(folder, "auto", pipeline_split=split, **more)
 
     return together(workers, work, folder)
 
 
 @forks
 @pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("one_host", [True, False])
+@pytest.mark.parametrize(("one_host", "link"), [(True, "host"), (False, "host"), (True, "nccl")])
 def test_a_killed_worker_ends_the_others_and_any_number_go_on(
-    victim: int, one_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: int, one_host: bool, link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("f3triton.run.workers.available", lambda: one_host)
+    monkeypatch.setattr("f3triton.distributed.devices.BACKEND", "gloo")
     whole = train(tmp_path / "whole", "off")
     folder = tmp_path / "killed"
     folder.mkdir()
     began = time.monotonic()
-    codes = killed(folder, 3, victim, 13)
+    codes = killed(folder, 3, victim, 13, pipeline_link=link)
     assert codes[victim] == -signal.SIGKILL
     assert all(code == 1 for rank, code in enumerate(codes) if rank != victim)
     assert time.monotonic() - began < 30
@@ -586,6 +636,8 @@ def test_processes_that_differ_are_refused_before_the_first_step(tmp_path: Path)
         model = f3.models.MLP([16, 12, 4])
         with pytest.raises(f3.InputError, match=r"^first weights must be the same in all processes, but it is"):
             f3.Trainer(model, batch_size=8, device="cpu", pipeline="auto").fit(data("mlp"), 1)
+        with pytest.raises(f3.InputError, match=r"^pipeline link 'nccl' needs CUDA devices, and process 0 has 'cpu'; use"):
+            f3.Trainer(model, device="cpu", pipeline=2, pipeline_link="nccl")
         with pytest.raises(f3.InputError, match=r"^rule must be the same .*lr=0.1.* in process 0 and .*lr=0.2"):
             f3.Trainer(network("mlp"), optimizer="sgd", lr=(rank + 1) / 10, device="cpu", pipeline=2).fit(data("mlp"), 1)
         return None
@@ -651,6 +703,109 @@ def test_a_packet_is_what_it_was() -> None:
     assert all(torch.equal(there[name], tensors[name]) for name in tensors)
 
 
+class Recorded:
+    """The host's link and the group between a sender and a receiver of devices, and all that is asked of them, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.heads: list[Packet] = []
+        self.on_the_way: list[torch.Tensor] = []
+        self.said: list[str] = []
+        self.numbers = {"isend": count(), "irecv": count()}
+        for name in self.numbers:
+            patch.setattr(devices.dist, name, partial(self.ask, name))
+
+    def put(self, packet: Packet) -> None:
+        self.said.append(f"head {len(self.heads)}")
+        self.heads.append(unpack(pack(packet), CPU))
+
+    def get(self) -> Packet:
+        return self.heads.pop(0)
+
+    def ready(self) -> bool:
+        return bool(self.heads)
+
+    def ask(self, name: str, whole: torch.Tensor, **where: object) -> SimpleNamespace:
+        number = next(self.numbers[name])
+        self.said.append(f"{name} {number}")
+        if name == "isend":
+            self.on_the_way.append(whole)
+
+        def wait() -> None:
+            self.said.append(f"{name} {number} done")
+            if name == "irecv":
+                whole.copy_(self.on_the_way[number])
+
+        return SimpleNamespace(wait=wait)
+
+
+def test_what_a_link_between_devices_asks_for_and_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, links = Recorded(monkeypatch), devices.DeviceLinks(CPU)
+    sender = devices.DeviceSender(recorded, links, "worker 1", slots=2)
+    x = torch.zeros(3, 5)
+    for number in range(4):
+        sender.put(Packet("visit", {"lr": 0.5}, {"x": x.fill_(number), "target": torch.tensor([number])}))  # written again
+    sender.put(Packet("states", {}, {"w": x}))
+    sender.put(Packet("end", {}, {}))
+    assert recorded.said == [
+        *("head 0", "isend 0", "head 1", "isend 1", "head 2", "isend 2", "isend 0 done", "head 3", "isend 3", "isend 1 done"),
+        *("head 4", "head 5", "isend 2 done", "isend 3 done"),  # no memory is freed before it was sent
+    ]
+    assert all("x" not in head.tensors for head in recorded.heads[:4])
+    recorded.said.clear()
+    receiver = devices.DeviceReceiver(recorded, links, "worker 0", slots=2)
+    for number in range(4):
+        kind, about, found = receiver.get()
+        assert (kind, about, found.keys()) == ("visit", {"lr": 0.5}, {"x", "target"})
+        assert torch.equal(found["x"], torch.full((3, 5), float(number)))
+        assert found["target"].tolist() == [number]
+        assert receiver.ready()
+    assert recorded.said == [  # the next one is on its way while a batch is computed
+        *("irecv 0", "irecv 1", "irecv 0 done", "irecv 2", "irecv 1 done", "irecv 3", "irecv 2 done", "irecv 3 done"),
+    ]
+    assert torch.equal(receiver.get().tensors["w"], x)
+    assert receiver.get().kind == "end"
+    assert not receiver.ready()
+
+
+def test_results_are_sent_in_order_and_none_of_a_device_whose_links_were_ended() -> None:
+    sent: list[Packet] = []
+    links = devices.DeviceLinks(CPU)
+    sender = devices.LaterSender(SimpleNamespace(put=sent.append), links)
+    a = torch.zeros(2)
+    for number in range(9):
+        sender.put(Packet("visit", {}, {"a": a.fill_(number)}))
+    sender.put(Packet("end", {}, {}))
+    assert [float(packet.tensors["a"][0]) for packet in sent[:-1]] == list(range(9))
+    later = devices.LaterSender(SimpleNamespace(put=sent.append), links)
+    links.abort()
+    later.put(Packet("end", {}, {}))
+    assert len(sent) == 10
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error")
+
+    failing = devices.LaterSender(SimpleNamespace(put=sent.append), devices.DeviceLinks(CPU))
+    failing.queue.put((Packet("visit", {}, {}), SimpleNamespace(synchronize=broken)))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        failing.put(Packet("end", {}, {}))
+    assert sent[10:] == [Packet("error", {"text": "the last worker: CUDA error", "input": False}, {})]
+
+    def gone(packet: Packet) -> None:
+        raise Gone("worker 0 is gone (closed)")
+
+    with pytest.raises(Gone, match="worker 0 is gone"):
+        devices.LaterSender(SimpleNamespace(put=gone), devices.DeviceLinks(CPU)).put(Packet("end", {}, {}))
+
+
+def test_what_stands_against_nccl() -> None:
+    a, b, c = (["here", name, True] for name in "abc")
+    assert devices.fault([[0, 1], [2, 3]], [a, b, a, c]) is None  # replicas have no link between them
+    assert devices.fault([[0, 1]], [a, ["there", "a", True]]) is None
+    assert devices.fault([[0, 1, 2]], [a, b, a]) == "needs a GPU for each worker, and processes 0 and 2 have the same one"
+    assert devices.fault([[0, 1]], [a, ["here", "cpu", True]]) == "needs CUDA devices, and process 1 has 'cpu'"
+    assert "needs a torch with NCCL, and that of process 1" in devices.fault([[0, 1]], [a, ["here", "b", False]])
+
+
 def test_windows_in_turn_do_not_come_back_soon() -> None:
     for samples, size, batch in ((400, 50, 10), (390, 50, 10), (130, 20, 8)):
         windows = Windows(size, 3, order="turns")
@@ -684,6 +839,10 @@ def test_windows_in_turn_do_not_come_back_soon() -> None:
         ({"pipeline": 2, "method": "local", "reach": 2}, "reach 2 needs weights or gradients of later stages"),
         ({"pipeline_split": "1,2"}, "pipeline split '1,2' has no effect without a pipeline"),
         ({"pipeline": 2, "pipeline_split": "a"}, "pipeline split 'a' is not understood"),
+        ({"pipeline_link": "nccl"}, "pipeline link 'nccl' needs a pipeline of processes, got pipeline 'off'; use 'host'"),
+        ({"pipeline_link": "nccl", "pipeline": "threads:2"}, "needs a pipeline of processes, got pipeline 'threads:2'"),
+        ({"cuda_graph": "on", "pipeline": "threads:2"}, "cuda graph 'on' does not go with threads or data parallel"),
+        ({"pipeline_link": "ib", "pipeline": 2}, "pipeline link 'ib' is unknown; allowed: host, nccl"),
         ({"data_parallel": 3}, "batch size 50 cannot be divided among 3 replicas"),
         (
             {"data_parallel": 2, "method": "dfa"},

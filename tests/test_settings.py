@@ -56,6 +56,7 @@ OTHERS = {
     "precision": {"precision": "float64"},
     "pipeline": {"pipeline": "threads:2"},
     "pipeline_split": {"pipeline_split": "1,1", "pipeline": "threads:2"},
+    "pipeline_link": {"pipeline_link": "nccl", "pipeline": 2},
     "data_parallel": {"data_parallel": 2},
     "data_parallel_by": {"data_parallel_by": "factors", "data_parallel": 2},
 }
@@ -74,7 +75,7 @@ def test_a_setting_is_a_keyword_and_decides_whether_a_run_is_the_same(name: str,
     assert changed.settings == f3.Settings(**other) != plain.settings
     fixed = [settings_of(made, {}, 3, 1) for made in (changed, plain)]
     free = {"eval_batch_size", "error_store", "device", "backend", "cuda_graph", "epoch_launch", "patience"}
-    free |= {"pipeline", "pipeline_split", "data_parallel", "data_parallel_by"}
+    free |= {"pipeline", "pipeline_split", "pipeline_link", "data_parallel", "data_parallel_by"}
     assert (fixed[0] == fixed[1]) == (name in free)
 
 

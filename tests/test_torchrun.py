@@ -42,13 +42,28 @@ def model(folder: Path) -> str:
     return hashlib.sha256((folder / "run" / "model.safetensors").read_bytes()).hexdigest()
 
 
+WITH_GLOO = """
+import sys
+import train
+from f3triton.distributed import devices
+devices.BACKEND = "gloo"
+sys.exit(train.main())
+"""
+
+
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    """And three, whose activations go by groups of two, gloo's in the place of NCCL's."""
     arguments = [*SMALL, "--output-dir", "run", "--checkpoint-every", "5"]
     code, said = run(tmp_path / "one", 0, *arguments)
     assert code == 0, said
     code, both = run(tmp_path / "two", 2, *arguments, "--pipeline", "2")
     assert code == 0, both
     assert model(tmp_path / "one") == model(tmp_path / "two")
+    script = tmp_path / "script.py"
+    script.write_text(WITH_GLOO)
+    code, said_by_three = run(tmp_path / "three", 3, *arguments, "--pipeline", "3", "--pipeline-link", "nccl", script=script)
+    assert code == 0, said_by_three
+    assert model(tmp_path / "one") == model(tmp_path / "three")
     for name in ("step-000000000015", "step-000000000010"):
         one, two = (read(tmp_path / n / "run" / "checkpoints" / name).tensors for n in ("one", "two"))
         assert one.keys() == two.keys()
@@ -63,10 +78,17 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("workers", [["--pipeline", "2"], ["--data-parallel", "2", "--data-parallel-by", "factors"]])
-def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "graph"),
+    [
+        (["--pipeline", "2"], "off"),
+        (["--pipeline", "2"], "on"),
+        (["--data-parallel", "2", "--data-parallel-by", "factors"], "off"),
+    ],
+)
+def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], graph: str, tmp_path: Path) -> None:
     """Of replicas only the figures are compared: libraries choose products by the number of rows."""
-    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda"]
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda", "--cuda-graph", graph]
     code, said = run(tmp_path / "one", 0, *arguments, "--epoch-launch", "off")  # whose sums are in another order
     assert code == 0, said
     code, said = run(tmp_path / "two", 2, *arguments, *workers)
@@ -75,6 +97,20 @@ def test_two_processes_on_one_gpu_write_what_one_writes(workers: list[str], tmp_
         assert model(tmp_path / "one") == model(tmp_path / "two")
     one, two = (json.loads((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
     assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", ["off", "on"])
+def test_several_gpus_with_nccl_write_what_one_writes(graph: str, tmp_path: Path) -> None:
+    count = min(torch.cuda.device_count(), 3)
+    if count < 2 or not torch.distributed.is_nccl_available():
+        pytest.skip("needs two GPUs and NCCL")
+    arguments = [*SMALL, "--output-dir", "run", "--device", "cuda", "--cuda-graph", graph]
+    code, said = run(tmp_path / "one", 0, *arguments, "--epoch-launch", "off")
+    assert code == 0, said
+    code, said = run(tmp_path / "several", count, *arguments, "--pipeline", str(count), "--pipeline-link", "nccl")
+    assert code == 0, said
+    assert model(tmp_path / "one") == model(tmp_path / "several")
 
 
 @pytest.mark.slow

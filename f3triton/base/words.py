@@ -63,6 +63,7 @@ ERROR_DTYPES = (*FLOATS, "int8", "ternary")
 
 # distributed
 BY = ("auto", "factors", "gradients")
+PIPELINE_LINKS = ("host", "nccl")
 
 # run
 TOKENS, TEMPERATURE = 300, 0.8  # of a sample of text, where nothing else is asked for

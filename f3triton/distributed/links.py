@@ -116,20 +116,38 @@ def memory(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def pack(packet: Packet, memory: Callable[[int], Tensor] = memory) -> Tensor:
-    """A packet as bytes, in `memory` of that size: the length of a JSON text, the text, and the tensors' bytes."""
+Shapes = list[list[object]]  # [name, type, shape, first byte] of tensors that lie in one memory
+
+
+def layout(tensors: dict[str, Tensor]) -> tuple[Shapes, int]:
+    """Where each tensor's bytes are to be, and how many there are in all."""
     shapes, place = [], 0
-    for name, tensor in packet.tensors.items():
+    for name, tensor in tensors.items():
         shapes.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), place])
         place += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    return shapes, place
+
+
+def views(whole: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """The tensors whose bytes lie in `whole [bytes]`."""
+    found = {}
+    for name, word, shape, start in shapes:
+        dtype = getattr(torch, word)
+        own = whole[start:][: torch.Size(shape).numel() * dtype.itemsize]
+        found[name] = own.view(dtype).view(shape) if len(own) else own.new_empty(shape, dtype=dtype)
+    return found
+
+
+def pack(packet: Packet, memory: Callable[[int], Tensor] = memory) -> Tensor:
+    """A packet as bytes, in `memory` of that size: the length of a JSON text, the text, and the tensors' bytes."""
+    shapes, size = layout(packet.tensors)
     text = json.dumps([packet.kind, packet.about, shapes]).encode()
     head = -(-(8 + len(text)) // ALIGNED) * ALIGNED
-    whole = memory(head + place)
+    whole = memory(head + size)
     whole[:8].view(torch.int64)[0] = len(text)
     whole[8 : 8 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    for (_, _, shape, start), tensor in zip(shapes, packet.tensors.values(), strict=True):
-        if tensor.numel():
-            whole[head + start :][: tensor.nbytes].view(tensor.dtype).view(shape).copy_(tensor.detach())
+    for name, place in views(whole[head:], shapes).items():
+        place.copy_(packet.tensors[name].detach())
     return whole
 
 
@@ -137,16 +155,8 @@ def unpack(whole: Tensor, device: torch.device) -> Packet:
     """The packet of such bytes, its tensors on `device`."""
     length = int(whole[:8].view(torch.int64)[0])
     kind, about, shapes = json.loads(whole[8 : 8 + length].numpy().tobytes())
-    head, tensors = -(-(8 + length) // ALIGNED) * ALIGNED, {}
-    for name, word, shape, start in shapes:
-        dtype = getattr(torch, word)
-        count = torch.Size(shape).numel() * dtype.itemsize
-        tensors[name] = (
-            whole[head + start :][:count].view(dtype).view(shape).to(device)
-            if count
-            else torch.empty(shape, dtype=dtype, device=device)
-        )
-    return Packet(kind, about, tensors)
+    head = -(-(8 + length) // ALIGNED) * ALIGNED
+    return Packet(kind, about, {name: tensor.to(device) for name, tensor in views(whole[head:], shapes).items()})
 
 
 class GlooSender:
@@ -218,11 +228,11 @@ class GlooReceiver:
 
 @contextmanager
 def watching(who: str) -> Iterator[None]:
-    """Inside, what gloo says of a lost connection to `who` raises Gone."""
+    """Inside, what gloo or NCCL says of a lost connection to `who` raises Gone."""
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise Gone(f"{who} is gone ({short(error)})") from None
 

@@ -170,7 +170,7 @@ class Ring(Alone):
         visit = visit._replace(index=visit.index.to(learner.data.device))
         x, target, row, split = learner.given(visit)
         hidden = learner.teaches(visit)
-        output, _ = learner.learn(x, target, row, hidden, lr, split)
+        output, _ = learner.part_step(x, target, row, hidden, lr, split)
         tensors = {"x": output.a, "target": target.argmax(-1) if self.classes else target}
         tensors |= {} if row is None else {"row": row}
 
@@ -286,7 +286,7 @@ class Helper:
         if target.dim() == 1:
             target = functional.one_hot(target, about["outputs"]).to(self.learner.dtype)
         row = given.get("row")
-        output, left = self.learner.learn(given["x"], target, row, about["hidden"], about["lr"], about["split"])
+        output, left = self.learner.part_step(given["x"], target, row, about["hidden"], about["lr"], about["split"])
         if self.learner.last is None:
             return packet._replace(tensors=given | {"x": output.a})
         found = {"a": output.a, "left": left, "losses": output.sample_losses, "hits": output.sample_hits}

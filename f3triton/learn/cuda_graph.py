@@ -1,9 +1,10 @@
-"""A visit as one CUDA graph: what a small network costs is launches, and a graph has one.
+"""A step as one CUDA graph: what a small network costs is launches, and a graph has one.
 
-The batch's sample indices, the learning rate and the step count lie in device memory, where the captured kernels read them;
-a replay changes weights, moments and error rows in place and leaves its results in a ring, to be looked at later. The first
-visits run as usual, on a stream of their own, which compiles the kernels and fills the caches that a capture must not grow; a
-batch of another size, such as an epoch's short last one, runs as usual too.
+What changes from step to step (a batch's sample indices, or in a pipeline its activations, targets and rows; the learning rate;
+the step count) lies in device memory, where the captured kernels read it; a replay changes weights, moments and error rows in
+place and leaves its results in a ring, to be looked at later. The first steps run as usual, on a stream of their own, which
+compiles the kernels and fills the caches that a capture must not grow; a batch of another size, such as an epoch's short last
+one, runs as usual too.
 """
 
 from __future__ import annotations
@@ -13,25 +14,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..base.data import Visit
+WARM_UP = 2  # steps before the capture
 
-WARM_UP = 2  # visits before the capture
-
-Learn = Callable[[Visit, Tensor], Sequence[Tensor | None]]
+Learn = Callable[..., Sequence[Tensor | None]]
 
 
 class GraphedStep:
-    """`learn(visit, lr [])` as a graph, for visits of `batch` samples that `teach` in one way; its results `[M, ...]`, or
-    None, are kept for `slots` further calls.
+    """`learn(lr [], *inputs)` as a graph, for inputs that are `like` these (None: there is none); its results `[M, ...]`, or
+    None, are kept until `slots` further calls.
 
     `learn` must do all its work on the device, in place, and may not depend on anything that changes from step to step but
     its arguments. On a CPU there are no graphs, and it is called every time: the same tensors, for tests.
     """
 
-    def __init__(self, learn: Learn, teach: str, batch: int, slots: int, device: torch.device) -> None:
-        self.learn, self.batch, self.slots, self.device = learn, batch, slots, device
-        index, row = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
-        self.visit = Visit(index, row, teach)
+    def __init__(self, learn: Learn, like: Sequence[Tensor | None], slots: int, device: torch.device) -> None:
+        self.learn, self.slots, self.device = learn, slots, device
+        self.inputs = [None if one is None else torch.zeros_like(one, device=device) for one in like]
         self.lr = torch.zeros((), device=device)
         self.lr_there: float | None = None
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # where the coming step leaves its results
@@ -40,7 +38,7 @@ class GraphedStep:
         self.steps = 0
 
     def _run(self) -> None:
-        results = self.learn(self.visit, self.lr)
+        results = self.learn(self.lr, *self.inputs)
         if not self.rings:
             self.rings = tuple(r if r is None else r.new_zeros(self.slots, *r.shape) for r in results)
         for ring, result in zip(self.rings, results, strict=True):
@@ -48,10 +46,11 @@ class GraphedStep:
                 ring.index_copy_(0, self.slot, result.unsqueeze(0))
         self.slot.add_(1).remainder_(self.slots)
 
-    def __call__(self, visit: Visit, lr: float) -> tuple[Tensor | None, ...]:
-        """One visit; the results' memory is used again `slots` calls later."""
-        self.visit.index.copy_(visit.index, non_blocking=True)
-        self.visit.row.copy_(visit.row, non_blocking=True)
+    def __call__(self, lr: float, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One step; the results' memory is used again `slots` calls later."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(given, non_blocking=True)
         if lr != self.lr_there:
             self.lr.fill_(lr)
             self.lr_there = lr
@@ -67,7 +66,8 @@ class GraphedStep:
             torch.cuda.current_stream(self.device).wait_stream(stream)
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # a capture runs nothing
+            # A capture runs nothing; the threads of links may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
             self.graph = graph
             graph.replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -111,7 +112,8 @@ class F3Learner:
         self.hidden = [model.stages[place] for place in self.part if place < len(model) - 1]
         self.scale, self.store, self.seed, self.local = scale, store, seed, local
         self.dtype, self.device = working_dtype(model), updater.step.device
-        self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit
+        self.graphs: dict[str, GraphedStep] = {}  # by what teaches in a visit; of a part by `hidden`
+        self.graphed = 0  # samples of a batch that a part takes as a graph
         self.launch: EpochLaunch | None = None
 
     def visit(self, visit: Visit, lr: float) -> Output:
@@ -119,9 +121,12 @@ class F3Learner:
         if visit.window is not None:
             self.data.load(visit.window)
         graph = self.graphs.get(visit.teach)
-        if graph is not None and len(visit.index) == graph.batch:
-            return Output(*graph(visit, lr))
+        if graph is not None and visit.index.shape == graph.inputs[0].shape:
+            return Output(*graph(lr, visit.index, visit.row))
         return self._visit(visit, lr)
+
+    def _visit_of(self, teach: str, lr: Tensor, index: Tensor, row: Tensor) -> Output:
+        return self._visit(Visit(index, row, teach), lr)
 
     def _visit(self, visit: Visit, lr: float | Tensor) -> Output:
         x, target, row, split = self.given(visit)
@@ -178,6 +183,29 @@ class F3Learner:
             stage.teach(kept, self.signal.taught(left, target), step)
         return output, left
 
+    def part_step(
+        self, x: Tensor, target: Tensor, row: Tensor | None, hidden: bool, lr: float, split: bool = False
+    ) -> tuple[Output, Tensor | None]:
+        """`learn` as the step of a part in a pipeline: by a graph after `use_part_graph`, whose next step writes what this one
+        has returned."""
+        if len(x) != self.graphed:
+            return self.learn(x, target, row, hidden, lr, split)
+        key = f"hidden {hidden}"
+        if key not in self.graphs:
+
+            def learn(lr: Tensor, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+                output, left = self.learn(*given, hidden, lr)
+                return output.a, output.sample_losses, output.sample_hits, left
+
+            self.graphs[key] = GraphedStep(learn, (x, target, row), 1, self.device)
+        a, losses, hits, left = self.graphs[key](lr, x, target, row)
+        return Output(a, target, losses, hits), left
+
+    def use_part_graph(self, batch: int) -> None:
+        """Run steps of `batch` samples as graphs from now on, where all stages of the part are Linear."""
+        if all(isinstance(self.model.stages[place], Linear) for place in self.part) and self.replicas is None:
+            self.graphed = batch
+
     def _end(self, x: Tensor, target: Tensor, step: Step, hearing: Hearing | None) -> tuple[Output, Tensor | None]:
         """The last stage's part of a step."""
         with self._drawing(self.part.stop - 1, self.last, step):
@@ -218,8 +246,10 @@ class F3Learner:
         linear = all(isinstance(stage, Linear) for stage in self.model.stages)
         plain = linear and self.replicas is None and self.augment is None
         if plain and self.data.device == self.device and (self.store is None or self.store.on_device):
+            rows = torch.zeros(2, batch, dtype=torch.int64)
             self.graphs = {
-                teach: GraphedStep(self._visit, teach, batch, slots, self.device) for teach in ("signal", "target", "nothing")
+                teach: GraphedStep(partial(self._visit_of, teach), tuple(rows), slots, self.device)
+                for teach in ("signal", "target", "nothing")
             }
         return bool(self.graphs)
 

@@ -46,7 +46,7 @@ TASKS = ("auto", "classification", "regression", LANGUAGE_MODELING)
 # Options of one call, which a run's configuration and a file of options do not have.
 HERE = {"resume", "overwrite", "evaluate", "sample", "predict", "exit", "config", "push_to_hub"}
 EVERY, KEEP = "10min", 2  # checkpoints
-WORKERS = ("pipeline", "pipeline_split", "data_parallel", "data_parallel_by")
+WORKERS = ("pipeline", "pipeline_split", "pipeline_link", "data_parallel", "data_parallel_by")
 
 
 class Parser(argparse.ArgumentParser):

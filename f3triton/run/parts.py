@@ -119,7 +119,8 @@ def peers_of(settings: Settings, options: argparse.Namespace) -> list[Settings]:
     windows = {} if options.streaming else {"window": "off", "visits": None, "window_order": None}
     errors = {"first_visit": None, "error_store": "auto", "error_dtype": "auto", "error_rank": None}
     local = {name: getattr(Settings(), name) for name in LOCAL}
-    workers = {"pipeline": "off", "pipeline_split": None, "data_parallel": 1, "data_parallel_by": "auto"}
+    workers = {"pipeline": "off", "pipeline_split": None, "pipeline_link": "host", "data_parallel": 1}
+    workers["data_parallel_by"] = "auto"
     settings = replace(settings, signal=None, **errors, **windows, **workers)
     found = [replace(settings, method="bp", **local)]
     if settings.method == "f3" and options.model == "mlp" and len(options.hidden or OPTIONS["mlp"]["hidden"]) > 1:

@@ -29,6 +29,7 @@ from ..base.words import (
     METHODS,
     OPTIMIZERS,
     ORDERS,
+    PIPELINE_LINKS,
     PRECISIONS,
     RATES,
     SAMPLINGS,
@@ -185,7 +186,7 @@ class Settings:
     backend: str = field(default="auto", metadata=about("run", choices=BACKENDS, free=True, help=
         "implementation of the layers; auto: triton on a GPU where its kernels pass their check, else torch"))
     cuda_graph: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
-        "run a step as one CUDA graph, where all stages are Linear"))
+        "run a step as one CUDA graph, where all stages are Linear; auto: not in a pipeline"))
     epoch_launch: str = field(default="auto", metadata=about("run", choices=SWITCH, free=True, help=
         "run hundreds of steps of a small network of Linear stages in one launch of a Triton kernel, where what teaches them "
         "is known before; auto: on a GPU where that passes its check"))
@@ -196,6 +197,9 @@ class Settings:
         "this process; off: on one"))
     pipeline_split: str | Sequence[int] | None = field(default=None, metadata=about("run", metavar="N,N", free=True, help=
         "numbers of stages of the pipeline's workers, such as 5,6; default: by the stages' measured times"))
+    pipeline_link: str = field(default="host", metadata=about("run", choices=PIPELINE_LINKS, free=True, help=
+        "how a pipeline's processes send activations: host (through the host's memory), or nccl (from GPU to GPU; not tried on "
+        "several GPUs yet)"))
     data_parallel: int = field(default=1, metadata=about("run", metavar="R", free=True, help=
         "divide every batch among R replicas, each a process or a pipeline"))
     data_parallel_by: str = field(default="auto", metadata=about("run", choices=BY, free=True, help=
@@ -269,11 +273,13 @@ class Settings:
         from ..distributed.mesh import parse_pipeline
         from ..error_store import is_folder
 
-        workers, _ = parse_pipeline(self.pipeline)
+        workers, threads = parse_pipeline(self.pipeline)
         if not isinstance(self.data_parallel, int) or self.data_parallel < 1:
             raise InputError(f"data parallel must be a whole number of at least 1, got {self.data_parallel!r}")
         if workers == "off" and self.pipeline_split is not None:
             raise InputError(f"pipeline split {self.pipeline_split!r} has no effect without a pipeline; leave it out")
+        if self.pipeline_link == "nccl" and (workers == "off" or threads):
+            raise InputError(f"pipeline link 'nccl' needs a pipeline of processes, got pipeline {self.pipeline!r}; use 'host'")
         if self.data_parallel == 1 and self.data_parallel_by != "auto":
             raise InputError(f"data parallel by {self.data_parallel_by!r} has no effect without data parallel; leave it out")
         _ = self.split
@@ -300,8 +306,8 @@ class Settings:
                 )
             if is_folder(self.error_store):
                 raise InputError(f"error store {str(self.error_store)!r} cannot be written by several replicas; use memory")
-        if self.cuda_graph == "on" and (workers != "off" or self.data_parallel > 1):
-            raise InputError("cuda graph 'on' does not go with a pipeline or data parallel; use 'auto'")
+        if self.cuda_graph == "on" and (threads or self.data_parallel > 1):
+            raise InputError("cuda graph 'on' does not go with threads or data parallel; use 'auto'")
 
     @cached_property
     def split(self) -> list[int] | None:

@@ -19,6 +19,7 @@ from ..base.precision import matmul_precision, working_dtype
 from ..data import Dataset, StreamDataset
 from ..data.arrays import Arrays, as_dataset
 from ..data.identity import identity
+from ..distributed.devices import join_devices
 from ..distributed.mesh import agree, join
 from ..distributed.ring import Alone
 from ..distributed.split import parts_of
@@ -78,6 +79,7 @@ class Trainer:
         self.batch_size, self.eval_batch_size, self.error_rank = own.batch_size, own.eval_batch_size, own.error_rank
         self.seat = join(own.pipeline, own.data_parallel)  # a GPU of its own is chosen here
         self.device, self.compute_dtype = own.resolved_device, own.types.products
+        self.device_links = join_devices(self.seat, self.device, own.pipeline_link)
         self.choice = own.choose()  # of the backend; again when the layers' sizes are known
         self.cuda_graph = own.cuda_graph if self.device.type == "cuda" else "off"
         self.model = model.to(self.device)
@@ -255,6 +257,8 @@ class Trainer:
         taught = plan.loss, self.arithmetic(), plan.signal, own.hidden_scale
         learner = make_learner(self.method, self.model, data, *taught, store, local, part, self.replicas)
         learner.augment = plan.augment
+        if part is not None and self.cuda_graph == "on":  # auto: not before that has run on several GPUs
+            learner.use_part_graph(self.batch_size)
         return learner
 
     def arithmetic(self) -> Arithmetic:

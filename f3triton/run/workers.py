@@ -16,13 +16,15 @@ import torch
 from ..base.exceptions import InputError
 from ..base.precision import autocast, matmul_precision, working_dtype
 from ..data.identity import identity
+from ..distributed.devices import DeviceReceiver, DeviceSender, LaterSender
 from ..distributed.links import SLOTS, Clock, GlooReceiver, GlooSender, Gone, Receiver, Sender, ThreadLink
 from ..distributed.mesh import Place, agree, exchange
 from ..distributed.replicas import DataParallel, rows_alike
 from ..distributed.ring import Alone, Helper, Needs, Ring, WorkerFailed, on_their_way
 from ..distributed.shared import SharedReceiver, SharedSender, available, connect
-from ..distributed.split import best_split, check_split, milliseconds
+from ..distributed.split import best_split, check_split, milliseconds, parts_of
 from ..learn.step import Learner
+from ..network.linear import Linear
 from .checkpoint import Snapshot, write_part
 from .identity import settings_of
 from .plan import Plan
@@ -76,15 +78,20 @@ def arrange(trainer: Any, plan: Plan) -> list[int] | None:
         )
     if model.reading:
         raise InputError("shared heads read every stage's output through the last stages; a pipeline needs --local-head own")
-    if trainer.settings.split is not None:
-        check_split(trainer.settings.split, seat.workers, len(model), first, last)
-        return trainer.settings.split
-    costs = []
-    if seat.writes:
-        costs = measured(trainer, plan)
-    costs = exchange(seat, costs)[0]
-    trainer.stage_milliseconds = costs
-    return best_split(costs, seat.workers, first, last)
+    split = trainer.settings.split
+    if split is not None:
+        check_split(split, seat.workers, len(model), first, last)
+    else:
+        costs = []
+        if seat.writes:
+            costs = measured(trainer, plan)
+        costs = exchange(seat, costs)[0]
+        trainer.stage_milliseconds = costs
+        split = best_split(costs, seat.workers, first, last)
+    linear = [isinstance(stage, Linear) for stage in model.stages]
+    if trainer.cuda_graph == "on" and not any(all(linear[part.start : part.stop]) for part in parts_of(split)):
+        raise InputError("cuda graph 'on' needs a worker whose stages are all Linear; use 'auto'")
+    return split
 
 
 def measured(trainer: Any, plan: Plan) -> list[float]:
@@ -207,10 +214,12 @@ def lead(trainer: Any, plan: Plan) -> tuple[Alone, list[Learner], Leave]:
         elif error is not None:
             about = {"status": "failed", "text": str(error) or type(error).__name__}
         if isinstance(error, Gone):
+            trainer.device_links.abort()
             return
         try:
             trainer.result.workers = ring.end(about)
         except Gone:
+            trainer.device_links.abort()
             if error is None:
                 raise
         for thread in threads:
@@ -227,10 +236,18 @@ def ends(trainer: Any, clock: Clock) -> tuple[Sender, Receiver]:
     names = [f"worker {following}", f"worker {before}"]
     out, back = connect(seat) if exchange(seat, available()).count(False) == 0 else (None, None)
     slots = SLOTS if following else on_their_way(seat.workers)
-    sender = SharedSender(out, clock, names[0], slots) if out else GlooSender(seat.peer(following), group, clock, names[0])
+    peer, links = seat.peer(following), trainer.device_links
+    sender: Sender = SharedSender(out, clock, names[0], slots) if out else GlooSender(peer, group, clock, names[0])
+    receiver: Receiver
     if back:
-        return sender, SharedReceiver(back, clock, names[1], trainer.device, copies=seat.worker == 0)
-    return sender, GlooReceiver(seat.peer(before), group, clock, names[1], trainer.device, SLOTS if seat.worker else 0)
+        receiver = SharedReceiver(back, clock, names[1], trainer.device, copies=seat.worker == 0)
+    else:
+        receiver = GlooReceiver(seat.peer(before), group, clock, names[1], trainer.device, SLOTS if seat.worker else 0)
+    if links.out is not None:
+        sender = DeviceSender(sender, links, names[0])
+    elif links.into is not None:
+        sender = LaterSender(sender, links)
+    return sender, receiver if links.into is None else DeviceReceiver(receiver, links, names[1])
 
 
 def help_along(trainer: Any, plan: Plan, settings: dict[str, object], resume: Snapshot | None) -> None:
@@ -249,7 +266,11 @@ def help_along(trainer: Any, plan: Plan, settings: dict[str, object], resume: Sn
     helper = Helper(trainer.learner, seat.worker, into, out, clock, write_part, shared=False)
     # Worker 0 is told of them as well, and says what to do.
     with handling(lambda *_: None, signal.SIGINT, signal.SIGTERM), matmul_precision(trainer.precision):
-        about = helper.serve()
+        try:
+            about = helper.serve()
+        except Gone:
+            trainer.device_links.abort()
+            raise
     result.status = about["status"]
     if result.status == "diverged":
         raise Diverged(about["step"], about["value"])
