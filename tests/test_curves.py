@@ -123,4 +123,4 @@ def test_an_uphill_angle_is_said() -> None:
 
     stages = [{"angle": 100.0}, {"angle": 20.0}, {"angle": None}]
     (line,) = summary_lines(SimpleNamespace(records=[{"stages": stages}], warnings=[]))
-    assert line.endswith("100, 20 (above 90 a step goes uphill, as in stage 0)")
+    assert line.endswith("100, 20 (above 90 a step goes uphill, as in stage 1)")

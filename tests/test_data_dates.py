@@ -137,7 +137,11 @@ def test_missing_dates_and_a_broken_one_in_test_rows():
     with pytest.raises(InputError, match="column 'when' holds 'soon' in row 3 of split 'test', where a date is needed"):
         load_dataset(pair(table(values), table([*values[:3], "soon"])))
     with pytest.raises(InputError, match=r"cannot be read as dates: .*Mars"):
-        load_dataset(datasets.Dataset(pa.table({"when": pa.array([1] * 9, pa.timestamp("s", "Mars/One")), "y": [0.5] * 9})))
+        load_dataset(
+            datasets.Dataset(
+                pa.table({"when": pa.array([1] * 9, pa.timestamp("s", "Mars/One")), "y": [i / 8 for i in range(9)]})
+            )
+        )
 
 
 def test_one_word_among_dates_makes_words_of_them():

@@ -28,10 +28,18 @@ def fails(name, **options):
 
 
 def test_a_csv_of_other_separators_or_letters_says_what_is_needed(tmp_path):
-    (tmp_path / "semi.csv").write_text("a;label\n1;x\n2,5;y\n2,5,5;y\n")
-    assert "(fields of a .csv are separated by commas" in fails("semi.csv")
+    (tmp_path / "comma.csv").write_text("a,label\n1,x\n2;5,y\n2,5,5,y\n")
+    assert "(fields of a .csv are separated by what its first line has: commas, semicolons, tabs" in fails("comma.csv")
     (tmp_path / "latin.csv").write_bytes("größe,label\n1,x\n2,y\n".encode("latin-1"))
     assert fails("latin.csv").endswith("(text must be UTF-8)")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_of_semicolons_or_tabs(tmp_path, separator):
+    rows = [f"{i}{separator}{i / 4}{separator}{'no,yes'[3 * (i % 2) :][:2]}" for i in range(20)]
+    (tmp_path / "other.csv").write_text("\n".join([f"a{separator}größe{separator}label", *rows]), encoding="utf-8")
+    train, _ = load_dataset("other.csv")
+    assert (train.in_features, train.outputs) == (2, 2)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "json", "jsonl"])

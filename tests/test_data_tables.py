@@ -426,3 +426,39 @@ def test_the_work_grows_with_the_columns_and_not_with_their_square(monkeypatch):
 def test_classes_that_hold_a_comma_are_told_apart():
     train, _ = load_dataset(pair({"x": [1.0, 2.0, 3.0, 4.0], "label": ["No", "Yes, sir"] * 2}))
     assert "2 classes: No, 'Yes, sir'" in described(train)
+
+
+def told_of(**columns):
+    return described(load_dataset(pair(columns), target="y")[0])
+
+
+def test_numbers_that_are_words_are_told():
+    values = [f"{i / 8}" for i in range(60)]
+    for odd, why in (("?", "numbers but for '?': leave missing ones empty"), ("1,5", "numbers with commas, such as '1,5': ")):
+        told = told_of(x=[*values[:59], odd], few=[odd, *values[:11]] * 5, w=[0.5] * 60, y=["a", "b"] * 30)
+        assert f"left out: column 'x' (words, 60 distinct values in 60 rows; {why}" in told
+        assert f"taken for words: column 'few' ({why}" in told
+    assert "taken" not in told_of(x=[f"word {i % 20}" for i in range(60)], y=["a", "b"] * 30)
+
+
+def test_odd_targets_are_told():
+    x = [float(i) for i in range(60)]
+    told = told_of(x=x, y=[float(i % 3) for i in range(60)])
+    assert "target: only 3 different numbers, all whole; --task classification would make classes of them" in told
+    assert "--task" not in told_of(x=x, y=[i / 2 for i in range(60)])
+    told = described(load_dataset(datasets.Dataset.from_dict({"x": x, "y": [f"c{i}" for i in range(60)]}))[0])
+    assert "target: 12 of 12 test rows are of classes that no training row has" in told
+    with pytest.raises(
+        InputError, match="target y of split 'train' is the same in every row; training needs two values or more"
+    ):
+        told_of(x=x, y=[2.5] * 60)
+    with pytest.raises(InputError, match="target column 'y' is missing in row 1 of split 'train' and 2 more; drop such"):
+        told_of(x=x, y=[1.0, None, None, None, *x[4:]])
+
+
+def test_splits_that_are_not_used_are_told():
+    rows = datasets.Dataset.from_dict({"x": [1.0, 2.0, 3.0] * 4, "y": ["a", "b", "a"] * 4})
+    train, _ = load_dataset(datasets.DatasetDict({"train": rows, "eval": rows}))
+    assert "kept for testing (seed 0); splits not used: eval" in described(train)
+    with pytest.raises(InputError, match="split 'train' has 1 row, which cannot be split; columns: x, y"):
+        load_dataset(rows.select([0]))

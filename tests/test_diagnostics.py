@@ -91,7 +91,7 @@ def test_figures_of_f3() -> None:
 
 def test_a_stage_without_update_is_warned_of() -> None:
     _, diagnostics = run(mlp(16, 12, feedback=["trinomial", f3.Feedback("constant", scale=0.0)]), 2)
-    assert {text.split(" received")[0] for text in diagnostics.warnings} == {"stage 1"}
+    assert {text.split(" received")[0] for text in diagnostics.warnings} == {"stage 2"}
 
 
 def test_blocks(tmp_path: Path) -> None:

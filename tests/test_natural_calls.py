@@ -208,3 +208,12 @@ def test_the_network_of_a_predictor_is_exported(tmp_path: Path) -> None:
     scores = torch.sigmoid(exported(x))
     assert torch.allclose(scores / scores.sum(-1, keepdim=True), predictor(rows), atol=1e-6)
     assert torch.equal(pickle.loads(pickle.dumps(predictor))(rows), predictor(rows))
+
+
+@pytest.mark.parametrize("number", [2.0, np.float64(2.0)])
+def test_a_float_where_a_whole_number_is_needed_is_called_one(number: float) -> None:
+    with pytest.raises(f3.InputError, match=r"epochs must be a whole number of at least 1, got .*2\.0\)? \(float(64)?\)"):
+        f3.Trainer(f3.models.MLP([6, 8, 3])).fit((X, Y), number)
+    for setting in ("batch_size", "window"):
+        with pytest.raises(f3.InputError, match=r"must be a whole number of at least .*, got 50\.0 \(float\)"):
+            f3.Trainer(f3.models.MLP([6, 8, 3]), **{setting: np.float64(50.0)})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from test_train_script import fails, run
@@ -143,3 +145,73 @@ def test_its_files_are_predicted(photos: Path, place: Path) -> None:
 )
 def test_sizes_that_are_refused(options: str, message: str, place: Path, photos: Path, sales: Path, capsys) -> None:
     assert message in fails(capsys, *options.replace("{}", str(place)).split())
+
+
+def test_one_answer_to_everything_stands_beside_a_figure(place: Path, capsys: pytest.CaptureFixture) -> None:
+    """By hand: rows 0, 1, 2, ... of which the first hundred are for training."""
+    values = [float(i % 7) for i in range(120)]
+    for part, rows in (("train", values[:100]), ("test", values[100:])):
+        lines = [f"{v},{3 * v},{'many' if v < 5 else 'few'}" for v in rows]
+        (place / "plain").mkdir(exist_ok=True)
+        (place / "plain" / f"{part}.csv").write_text("\n".join(["a,amount,word", *lines]))
+    mean = sum(values[:100]) / 100
+    mse = sum(9 * (v - mean) ** 2 for v in values[100:]) / 20
+    wrong = 100 * sum(v >= 5 for v in values[100:]) / 20
+    command = ["--dataset", place / "plain", *SMALL, "--epochs", "2", "--output-dir"]
+    assert run(*command, place / "number", "--target", "amount", "--features", "a") == 0
+    summary, out = json.loads((place / "number" / "summary.json").read_text()), capsys.readouterr().out
+    assert summary["guess"]["test_mse_in_units"]["amount"] == pytest.approx(mse)
+    got = summary["test_mse_in_units"]["amount"]
+    told = f"amount {got**0.5:.4g} (always the training mean: {mse**0.5:.4g}; R2 {1 - got / mse:.2f})"
+    assert f"root mean squared error of f3 in the target's own units: {told}\n" in out
+    assert f"\nthe mean  {summary['guess']['test_mse']:13.4f}\n" in out
+    assert run(*command, place / "class", "--target", "word", "--features", "a") == 0
+    assert f"\nalways many  {wrong:.2f} %\n" in capsys.readouterr().out
+    (place / "abab.txt").write_text("ab" * 300)
+    text = ["--text", place / "abab.txt", "--context", "8", "--dim", "8", "--depth", "1", "--epochs", "1"]
+    assert run(*text, "--output-dir", place / "text") == 0
+    assert re.search(r"\nby frequency +1\.0000\n", capsys.readouterr().out)
+
+
+def test_a_data_frame_is_a_data_set() -> None:
+    frame = pd.DataFrame({"a": [float(i) for i in range(60)], "word": ["no", "yes"] * 30}, index=range(100, 160))
+    train, test = f3.load_dataset(frame, target="word")
+    assert (train.in_features, train.outputs, len(train), len(test)) == (1, 2, 48, 12)
+    assert len(f3.load_dataset({"train": frame, "test": frame[:5]}, target="word")[1]) == 5
+    with pytest.raises(f3.InputError, match="data set 'DataFrame' cannot be read: Duplicate column names"):
+        f3.load_dataset(pd.concat([frame, frame], axis=1))
+    with pytest.raises(f3.InputError, match=r"targets are a Series, .*: they are words, .* f3triton.load_dataset takes a data"):
+        f3.Trainer(f3.models.MLP([1, 2])).fit((frame[["a"]], frame["word"]), 1)
+
+
+def test_predictions_of_images_name_them(photos: Path, place: Path) -> None:
+    assert run("--predict", photos, place / "photos", "--output-dir", place / "named", "--quiet") == 0
+    with open(place / "named" / "photos-predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert all(Path(row["image"]).parent.name == row["prediction"] for row in rows)
+
+
+def test_a_run_is_named_by_its_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert run("--dataset", place / "sales.csv", "--target", "sold", *SMALL, "--quiet") == 0
+    assert [folder.name[:9] for folder in (place / "runs").iterdir()] == ["sales-f3-"]
+
+
+def test_a_figure_that_is_no_better_than_one_answer_is_told(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "noise.csv").write_text("a,y\n" + "".join(f"{i * 37 % 11},{i % 20 == 3}\n" for i in range(60)))
+    command = ["--dataset", place / "noise.csv", "--lr", "1e-9", *SMALL, "--output-dir"]
+    for method, also in (("f3", ", --method local or bp"), ("bp", "")):
+        assert run(*command, place / f"noise-{method}", "--method", method) == 0
+        told = (
+            f"{method} is no better than one answer to everything after 2 steps; to try: more --epochs, a smaller --batch-size"
+        )
+        assert f"{told}, another --lr{also}\n" in capsys.readouterr().out
+
+
+def test_images_without_classes_and_broken_ones_are_told(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_photos(place / "broken")
+    kind = next(folder for folder in (place / "broken").iterdir() if folder.is_dir())
+    assert "holds images and no classes; a folder of images needs a folder for each class" in fails(capsys, "--dataset", kind)
+    (kind / "x.png").write_bytes(b"no image")
+    assert f"({str(kind / 'x.png')!r}): it is no image file" in fails(capsys, "--dataset", place / "broken", "--image-size", 8)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 
@@ -59,9 +62,9 @@ def test_windows(path) -> None:
 
 def test_a_cut_leaves_characters_whole(tmp_path) -> None:
     file = tmp_path / "text.txt"
-    file.write_text("世" * 41, encoding="utf-8")
+    file.write_text("世" * 40 + "界", encoding="utf-8")
     train, test = f3.load_text(file, context=2, test_fraction=0.35)
-    assert train.outputs == 1
+    assert train.outputs == 2
     assert len(train.stream) + len(test.stream) in (40, 41)
 
 
@@ -143,9 +146,11 @@ def test_bad_files(tmp_path) -> None:
     with pytest.raises(f3.InputError, match=r"is no UTF-8 text \(byte 3\); use the tokenizer 'bytes'"):
         f3.load_text(file)
     assert f3.load_text(file, tokenizer="bytes", context=4)[0].outputs == 256
-    file.write_bytes(b"abc" * 30 + b"Q")
-    with pytest.raises(f3.InputError, match=r"the test part of .* has the character 'Q' \(U\+0051, at 8\), which the training"):
-        f3.load_text(file, context=4)
+    splits = datasets.DatasetDict(
+        {n: datasets.Dataset.from_dict({"s": [t]}) for n, t in (("train", "abc" * 9), ("test", "abQ"))}
+    )
+    with pytest.raises(f3.InputError, match=r"the test part of .* has the character 'Q' \(U\+0051, at 2\), which the training"):
+        f3.load_text("s", splits, context=4)
     junk = tmp_path / "junk.json"
     junk.write_text("not json", encoding="utf-8")
     pytest.importorskip("tokenizers")
@@ -172,3 +177,33 @@ def test_characters_are_those_of_training() -> None:
     tokenizer = fit_tokenizer("characters", ["banana", "cab"], "the text")
     assert tokenizer.characters == "abcn"
     assert tokenizer.encode("nab", "it").tolist() == [3, 0, 1]
+
+
+def test_characters_that_only_the_end_of_a_text_has_are_tokens(tmp_path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcd" * 50 + "J" * 10)
+    train, test = f3.load_text(file, context=4)
+    assert train.preprocessing.target.names == test.preprocessing.target.names == ("J", "a", "b", "c", "d")
+    assert (test.stream == 0).sum() == 10
+
+
+def test_a_prompt_is_utf8_in_every_locale() -> None:
+    """Python reads the command line by the locale; in the locale C other bytes come as halves of characters."""
+    told = "import sys; from f3triton.run.options import make_parser as m; print(ascii(m().parse_args(sys.argv[1:]).prompt))"
+    narrow = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", told, "--prompt", "你好".encode()]
+    assert subprocess.run(command, env=narrow, capture_output=True, text=True, check=True).stdout.strip() == ascii("你好")
+
+
+def test_odd_texts(tmp_path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abab" * 30, encoding="utf-8-sig")
+    assert f3.load_text(file, context=4)[0].preprocessing.target.names == ("a", "b")  # and no byte order mark
+    file.write_text("a" * 50)
+    with pytest.raises(f3.InputError, match="has one character only, 'a'; needed are two"):
+        f3.load_text(file, context=4)
+    rows = datasets.Dataset.from_dict({"s": ["abc", None, "cab"] * 20})
+    train, _ = f3.load_text("s", rows, context=4)
+    assert train.preprocessing.tokenizer.decode(train.stream.tolist()).startswith("abc\ncab\nabc")
+    with pytest.raises(f3.InputError, match="column 's' of split 'train' has no text"):
+        f3.load_text("s", datasets.Dataset.from_dict({"s": [None, None]}))

@@ -22,6 +22,11 @@ def short(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def typed(value: object) -> str:
+    """A value with its type, for where 2.0 is asked to be 2."""
+    return f"{value!r} ({type(value).__name__})"
+
+
 def printable(text: str, most: int = 1000) -> str:
     """A line that a terminal shows as it is: what else a name may hold (escapes, line breaks, halves of characters) as Python
     spells it; of a longer line the beginning and the end."""

@@ -14,7 +14,8 @@ from .dataset import Dataset, as_tensor
 from .targets import CLASSIFICATION
 
 NEEDED = (
-    "a pair (inputs, targets) of tensors or arrays, a map-style data set of such pairs, or what f3triton.load_dataset gives"
+    "a pair (inputs, targets) of tensors or arrays, a map-style data set of such pairs, or what f3triton.load_dataset gives, "
+    "which takes data frames"
 )
 
 

@@ -40,6 +40,10 @@ def choose_target(rows: Table, target: str | Sequence[str] | None) -> list[str]:
         others = [name for name in rows.names if kind_of(rows, name)[0] != IMAGE]
         if len(others) == 1:
             return others
+    if all(kind_of(rows, name)[0] == IMAGE for name in rows.names):
+        raise InputError(
+            f"{rows.where} holds images and no classes; a folder of images needs a folder for each class, two or more"
+        )
     reason = f"several columns hold class labels ({listed(labels)})" if labels else "no column has a usual name for a target"
     raise InputError(f"{reason}; name the target with target (--target); columns: {listed(rows.names)}")
 

@@ -157,7 +157,10 @@ def as_tensor(what: str, values: Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        return torch.from_numpy(np.array(values, order="C"))  # a copy: not all arrays can be shared
+        array = np.array(values, order="C")  # a copy: not all arrays can be shared
+        if array.dtype.kind in "OUS":
+            raise TypeError("they are words, or of several types; f3triton.load_dataset takes a data frame of such")
+        return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{what} are a {type(values).__name__}, and no tensor or array of numbers: {one_line(error)}"

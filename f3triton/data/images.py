@@ -41,7 +41,8 @@ def load_images(rows: Table, name: str, size: int | None = None, cached: bool = 
         return _decode_all(rows, name, size)
     version = DECODER_VERSION if size is None else b"%s, resized to %d" % (DECODER_VERSION, size)
     key = hashlib.blake2b(version, digest_size=20)
-    for data in _encoded(rows, name):
+    for i, value in _values(rows, name):
+        data = _bytes_of(value, i, rows, name)
         key.update(len(data).to_bytes(8, "little"))
         key.update(data)
     pixels = cache.read(key.hexdigest(), len(rows))
@@ -62,7 +63,7 @@ def check_size(size: int | None) -> None:
 def _decode_all(rows: Table, name: str, size: int | None) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about odd metadata and palettes: the pixels are what counts
-        return _stack((_decode(data, i, rows, name) for i, data in enumerate(_encoded(rows, name))), rows, name, size)
+        return _stack((_decode(value, i, rows, name) for i, value in _values(rows, name)), rows, name, size)
 
 
 def convert_images(values: Iterable[Any], name: str, size: int | None = None, where: str = "the rows given") -> Tensor:
@@ -98,14 +99,14 @@ def channel_moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(mean), tuple(std)
 
 
-def _encoded(rows: Table, name: str) -> Iterator[bytes]:
-    """The encoded image of each row; those of an image folder are read from their files."""
+def _values(rows: Table, name: str) -> Iterator[tuple[int, Any]]:
+    """The number of each row, and what it holds: bytes, a path, or a dict of both."""
     for start, piece in rows.pieces(name):
-        for i, value in enumerate(piece.to_pylist(), start):
-            yield _bytes_of(value, i, rows, name)
+        yield from enumerate(piece.to_pylist(), start)
 
 
 def _bytes_of(value: Any, i: int, rows: Table, name: str) -> bytes:
+    """The encoded image of a row; that of an image folder is read from its file."""
     value = {"path": value} if isinstance(value, str) else value
     data = value if value is None or isinstance(value, bytes) else value.get("bytes")
     if data is None and value is not None and value.get("path"):
@@ -129,10 +130,11 @@ def _inside(path: str, folders: tuple[Path, ...] | None) -> Path:
     return whole
 
 
-def _decode(data: bytes, i: int, rows: Table, name: str) -> np.ndarray:
+def _decode(value: Any, i: int, rows: Table, name: str) -> np.ndarray:
     """One encoded image as uint8 [H, W] or [3, H, W]."""
     import PIL.Image
 
+    data = _bytes_of(value, i, rows, name)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)  # others may start programs
         if image.width * image.height > LARGEST_IMAGE:
@@ -140,7 +142,9 @@ def _decode(data: bytes, i: int, rows: Table, name: str) -> np.ndarray:
         return _pixels_of(image)
     except Exception as error:  # on broken bytes PIL's decoders raise nearly anything
         what = "it is no image file" if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
-        raise InputError(f"column {name!r} holds an image that cannot be decoded in {rows.row(i)}: {what}") from error
+        path = value if isinstance(value, str) else None if isinstance(value, bytes) else value.get("path")
+        file = "" if path is None else f" ({short(path, 200)})"
+        raise InputError(f"column {name!r} holds an image that cannot be decoded in {rows.row(i)}{file}: {what}") from error
 
 
 def _pixels_of(image: Any) -> np.ndarray:
@@ -197,7 +201,7 @@ def _convert(value: Any, i: int, rows: Table, name: str) -> np.ndarray:
     if isinstance(value, (str, Path)):
         value = {"path": str(Path(value).expanduser())}
     if value is None or isinstance(value, (bytes, dict)):
-        return _decode(_bytes_of(value, i, rows, name), i, rows, name)
+        return _decode(value, i, rows, name)
     if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
         try:
             return _pixels_of(value)

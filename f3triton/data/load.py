@@ -19,15 +19,16 @@ from .images import RESIZE, channel_moments, check_size, load_images, match_chan
 from .preprocessing import IMAGE, TABLE, Preprocessing
 from .sources import folders_of, open_source
 from .splits import TEST_FRACTION, TEST_SUBSET, TRAIN_SUBSET, choose_splits, cut, refuse_fraction, subset
-from .tables import Column, UnusableColumnError, encode_table, fit_column
-from .targets import Target, choose_task, encode_target, fit_target
+from .tables import Column, UnusableColumnError, encode_table, fit_column, odd_numbers
+from .targets import Target, choose_task, encode_target, fit_target, target_notes
 
 if TYPE_CHECKING:
     import datasets
+    import pandas
 
 
 def load_dataset(
-    name: str | Path | datasets.Dataset | datasets.DatasetDict = "digits",
+    name: str | Path | datasets.Dataset | datasets.DatasetDict | pandas.DataFrame = "digits",
     *,
     config: str | None = None,
     revision: str | None = None,
@@ -48,7 +49,9 @@ def load_dataset(
 
     Args:
         name: `"digits"` (bundled); a folder that `datasets.load_dataset` or `load_from_disk` reads; a `.parquet`, `.csv`,
-            `.tsv`, `.json` or `.jsonl` file; a data set on the Hugging Face hub; or one that is loaded already.
+            `.tsv`, `.json` or `.jsonl` file (the fields of a csv are separated by commas, or by the semicolons or tabs of a
+            first line without commas); a data set on the Hugging Face hub; or one that is loaded already, as a
+            `pandas.DataFrame` too, or a dict of such by split.
         config, revision: of a data set that has several.
         train_split: by default `train`, or the only split there is.
         test_split: by default the first of `test`, `validation`, `valid`, `dev` that exists; without one, test rows are
@@ -104,6 +107,7 @@ def encode(
         test.require(column)
     fitted = fit_target(every, train, targets, choose_task(every, targets, task))
     train_targets, test_targets = encode_target(fitted, train), encode_target(fitted, test)
+    notes = notes + target_notes(fitted, train, train_targets, test_targets, task)
     column, table, left_out = choose_inputs(every, targets, features, image)
     if column is not None:
         test.require(column)
@@ -146,8 +150,11 @@ def _split_rows(
     if not len(every):
         raise InputError(f"split {train_name!r} is empty")
     if test_name is None:
+        if len(every) < 2:
+            raise InputError(f"split {train_name!r} has 1 row, which cannot be split; columns: {listed(every.names)}")
         train, test = (every.select(picked) for picked in cut(len(every), fraction or TEST_FRACTION, seed))
-        note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed})"
+        others = f"; splits not used: {listed(name for name in splits if name != train_name)}" if len(splits) > 1 else ""
+        note = f"split: {len(test)} of the {len(every)} rows of {train_name!r} kept for testing (seed {seed}){others}"
         return every, train, test, [note]
     test = Table.from_dataset(splits[test_name], f"split {test_name!r}", folders)
     if not len(test):
@@ -207,6 +214,9 @@ def _table(
         )
     inputs, train_missing, _ = encode_table(tuple(columns), train)  # [N, K]
     test_inputs, test_missing, test_unseen = encode_table(tuple(columns), test)
+    for column in columns:
+        if odd := odd_numbers(column.categories):
+            notes.append(f"taken for words: column {column.name!r} ({odd})")
     notes += _counts("missing values filled in training rows", train_missing)
     notes += _counts("missing values filled in test rows", test_missing)
     notes += _counts("values in test rows that training did not have", test_unseen)

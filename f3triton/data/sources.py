@@ -7,6 +7,7 @@ import glob
 import hashlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -81,16 +82,27 @@ def _none_of(what: str, **options: str | None) -> None:
 def _loaded(source: Any, streaming: bool = False) -> tuple[str, dict[str, Any]]:
     import datasets
 
+    source = {k: _of_frame(v) for k, v in source.items()} if type(source) is dict else _of_frame(source)
     kinds = (datasets.Dataset, datasets.IterableDataset) if streaming else datasets.Dataset
     if isinstance(source, kinds):
         return source.info.dataset_name or "dataset", {str(source.split or "train"): source}
     if isinstance(source, Mapping) and source and all(isinstance(split, kinds) for split in source.values()):
         name = next(iter(source.values())).info.dataset_name
         return name or "dataset", {str(split): rows for split, rows in source.items()}
+    kinds = "a pandas.DataFrame, a datasets.Dataset, or a dict of such by split"
     hint = "; load it without streaming, or use stream_dataset" if "Iterable" in type(source).__name__ else ""
-    raise InputError(
-        f"a {type(source).__name__} is no data set; give a name, a path, a datasets.Dataset or a DatasetDict{hint}"
-    )
+    raise InputError(f"a {type(source).__name__} is no data set; give a name, a path, {kinds}{hint}")
+
+
+def _of_frame(source: Any) -> Any:
+    """The rows of a pandas.DataFrame, without its index; anything else as it is."""
+    import datasets
+
+    pandas = sys.modules.get("pandas")  # where nothing has imported it, nothing is a frame
+    if pandas is None or not isinstance(source, pandas.DataFrame):
+        return source
+    with reading("DataFrame"):
+        return datasets.Dataset.from_pandas(source, preserve_index=False)
 
 
 def _bundled(name: str) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             if path.stat().st_size == 0:
                 raise InputError(f"file {name!r} is empty")
             _none_of(f"file {name!r}", config=config)
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else _bounded(streaming and reader == "parquet")
+            options = _separated(path) if reader == "csv" else _bounded(streaming and reader == "parquet")
             # A path is taken for a pattern, where brackets and stars have a meaning.
             check_json([path])
             _check_rows([path], streaming)
@@ -136,6 +148,15 @@ def _local(path: Path, name: str, config: str | None, streaming: bool) -> dict[s
             _check_description(path, config)
         options = _bounded(streaming and next(path.rglob("*.parquet"), None) is not None)
         return _load(str(path.resolve()), streaming, name=config, **options)
+
+
+def _separated(path: Path) -> dict[str, Any]:
+    """What separates the fields of a text file, for its reader: of a .csv, semicolons or tabs where its first line has such
+    and no comma."""
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    found = "\t" if path.suffix.lower() == ".tsv" else next((sep for sep in ",;\t" if sep.encode() in first), ",")
+    return {} if found == "," else {"sep": found}
 
 
 def _load(source: str, streaming: bool, **options: Any) -> dict[str, Any]:
@@ -303,7 +324,9 @@ def reading(name: str, quiet: bool = True) -> Iterator[None]:
         elif "converting to" in text or "as a scalar of type" in text:
             text += " (the first rows set the type of each column, and later rows or files must have it)"
         elif "Error tokenizing data" in text:
-            text += " (fields of a .csv are separated by commas, those of a .tsv by tabs; decimals have a point)"
+            text += (
+                " (fields of a .csv are separated by what its first line has: commas, semicolons, tabs; decimals have a point)"
+            )
         elif "codec can't decode" in text:
             text += " (text must be UTF-8)"
         if "corresponds to no data" in text:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base.exceptions import InputError
-from .columns import CATEGORY, DATE, HASHED, Table, numbers, words
+from .columns import CATEGORY, DATE, HASHED, Table, listed, numbers, words
 from .dates import are_dates, calendar, dates
 
 MAX_CATEGORIES = 1000  # a column of words with more distinct ones is hashed
@@ -129,7 +129,9 @@ def _fit_words(rows: Table, name: str, was: str) -> Column:
         return fit_column(rows, name, DATE)
     categories = tuple(names) if names else tuple(sorted(distinct.to_pylist()))
     if not names and len(categories) > 10 and 2 * len(categories) > len(present):
-        raise UnusableColumnError(f"free text, {len(categories)} distinct values in {len(present)} rows")
+        odd = odd_numbers(categories)
+        what, why = ("words", f"; {odd}") if odd else ("free text", "")
+        raise UnusableColumnError(f"{what}, {len(categories)} distinct values in {len(present)} rows{why}")
     if names and len(categories) > MAX_CATEGORIES:  # raw rows may hold ids, whose names would all have to be kept
         raise UnusableColumnError(f"{len(categories)} classes")
     if len(categories) > MAX_CATEGORIES:
@@ -139,6 +141,25 @@ def _fit_words(rows: Table, name: str, was: str) -> Column:
         return fitted
     mean, std = moments(places_of(categories, column)[:, None], rows, name)
     return Column(name, CATEGORY, mean, std, categories, bool(names))
+
+
+def odd_numbers(categories: tuple[str, ...]) -> str:
+    """What keeps more than ten words from being numbers, for a message: commas, or a few other words; empty for plain words."""
+    others = [word for word in categories if not _is_number(word)]
+    if not others or len(categories) <= 10:
+        return ""
+    if all(_is_number(word.replace(",", "")) for word in others):
+        return f"numbers with commas, such as {others[0]!r}: decimals need a point, thousands nothing"
+    few = 10 * len(others) <= len(categories)
+    return f"numbers but for {listed(map(repr, others), 3)}: leave missing ones empty" if few else ""
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _encode_words(column: Column, rows: Table) -> tuple[np.ndarray, int, int]:

@@ -16,6 +16,8 @@ from .tables import UnusableColumnError, moments, places_of, standardise
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
 MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
 
+FEW_VALUES = 20  # whole numbers of a regression target, up to which they look like classes
+
 
 @dataclass(frozen=True)
 class Target:
@@ -84,6 +86,10 @@ def fit_target(every: Table, train: Table, columns: list[str], task: str) -> Tar
         for name in columns:
             width = numbers(train, name).shape[1] if len(columns) > 1 else values.shape[1]
             names += [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
+        if len(values) > 1 and (values == values[0]).all():
+            raise InputError(
+                f"target {listed(columns)} of {train.where} is the same in every row; training needs two values or more"
+            )
         try:
             mean, std = moments(values, train, columns[0])
         except UnusableColumnError as error:
@@ -153,6 +159,20 @@ def encode_target(target: Target, rows: Table) -> Tensor:
     return torch.from_numpy(ids)
 
 
+def target_notes(target: Target, train: Table, ids: Tensor, test_ids: Tensor, asked: str) -> list[str]:
+    """What is odd about the targets: classes that are tested and never trained on; numbers that look like classes, where no
+    task was `asked` for."""
+    if target.task == CLASSIFICATION:
+        new = int((~torch.isin(test_ids, ids)).sum())
+        return [f"target: {new} of {len(test_ids)} test rows are of classes that no training row has"] if new else []
+    if asked != "auto" or target.outputs > 1:
+        return []
+    values = np.unique(_target_numbers(train, list(target.columns)))
+    if len(values) > FEW_VALUES or (values % 1).any():
+        return []
+    return [f"target: only {len(values)} different numbers, all whole; --task classification would make classes of them"]
+
+
 def _target_numbers(rows: Table, columns: list[str]) -> np.ndarray:
     """Target columns side by side, float64 [n, T], all finite."""
     parts = []
@@ -182,4 +202,7 @@ def _class_numbers(rows: Table, name: str) -> np.ndarray:
 def _require_all(missing: np.ndarray, rows: Table, name: str) -> None:
     if missing.any():
         hint = " (label -1 stands for none; choose a split that has labels)" if name in rows.class_names else ""
-        raise InputError(f"target column {name!r} is missing in {rows.row(int(missing.argmax()))}; drop such rows first{hint}")
+        more = f" and {missing.sum() - 1:,} more" if missing.sum() > 1 else ""
+        raise InputError(
+            f"target column {name!r} is missing in {rows.row(int(missing.argmax()))}{more}; drop such rows first{hint}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,11 @@ def load_text(
     """The training and the test set of a language model, on the CPU.
 
     Args:
-        text: a file; or a column of `dataset`, whose rows are joined by line breaks.
+        text: a file; or a column of `dataset`, whose rows are joined by line breaks, missing ones left out.
         dataset, config, revision, train_split, test_split: as for `load_dataset`.
         context: tokens of a window.
-        tokenizer: `characters` (those of the training text), `bytes`, or the JSON file of a tokenizer.
+        tokenizer: `characters` (those of the training text, before a test part is cut from it), `bytes`, or the JSON file of
+            a tokenizer.
         test_fraction: the share of the text kept for testing, at its end, where there is no test split; by default 0.1.
         max_train_samples, max_test_samples: keep the first so many windows.
         preprocessing: that of an earlier run, whose tokens these are then too.
@@ -122,7 +124,8 @@ def load_text(
         train, test = train[:at], train[at:]
         notes.append(f"split: the last {test_fraction:.0%} of the text kept for testing")
     if preprocessing is None:
-        fitted = fit_tokenizer(tokenizer, [train], f"the training part of {whole}")
+        cut = bool(notes)  # then the characters are those of the whole text, as classes are those of all rows
+        fitted = fit_tokenizer(tokenizer, [train, test] if cut else [train], whole if cut else f"the training part of {whole}")
         target = Target(LANGUAGE_MODELING, names=fitted.names)
         preprocessing = Preprocessing(TEXT, (context,), target, tokenizer=fitted, text=column, notes=tuple(notes))
     fitted = preprocessing.tokenizer
@@ -143,6 +146,7 @@ def read_file(path: str | Path) -> bytes:
     if path.is_dir():
         raise InputError(f"text {str(path)!r} is a folder; give a file, or a column of --dataset")
     content = read_bytes(path.resolve(), available_memory() // BYTES_OF_A_CHARACTER)
+    content = content.removeprefix(BOM_UTF8)
     if not content:
         raise InputError(f"text {str(path)!r} is empty")
     return content
@@ -166,14 +170,14 @@ def _read_column(
             )
         with reading(name):
             values = list(rows[column])
-        wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+        wrong = next((i for i, value in enumerate(values) if not isinstance(value, str | None)), None)
         if wrong is not None:
             raise InputError(
                 f"column {column!r} of split {split!r} holds a {type(values[wrong]).__name__} in row {wrong}; needed is text"
             )
-        if not values:
-            raise InputError(f"split {split!r} is empty")
-        texts.append(SEPARATOR.join(values))
+        texts.append(SEPARATOR.join(value for value in values if value is not None))
+        if not texts[-1]:
+            raise InputError(f"column {column!r} of split {split!r} has no text")
     return name, texts[0], texts[1]
 
 

@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def fit_tokenizer(kind: str, texts: Sequence[str | bytes], where: str) -> Tokenizer:
-    """The tokenizer of a word or a file's name; `characters` are those of the training `texts`.
+    """The tokenizer of a word or a file's name; `characters` are those of the `texts`.
 
     Raises InputError: no such word or file, a file that is no tokenizer, the library missing.
     """
@@ -116,8 +116,10 @@ def fit_tokenizer(kind: str, texts: Sequence[str | bytes], where: str) -> Tokeni
         found: set[str] = set()
         for text in texts:
             found.update(decoded(text, where))
-        if not found:
-            raise InputError(f"{where} is empty")
+        if len(found) < 2:
+            raise InputError(
+                f"{where} has {f'one character only, {found.pop()!r}' if found else 'no character'}; needed are two"
+            )
         return Tokenizer(CHARACTERS, "".join(sorted(found)))
     path = Path(kind).expanduser()
     if not path.is_file():

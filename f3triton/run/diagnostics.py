@@ -165,7 +165,7 @@ class Diagnostics:
         for position, figures in enumerate(found["stages"]):
             last = position == len(found["stages"]) - 1
             if (hidden_learn or last) and figures["moved"] == 0:
-                self.warnings.append(f"stage {position} received no update in the time before epoch {found['epoch']}")
+                self.warnings.append(f"stage {position + 1} received no update in the time before epoch {found['epoch']}")
 
     def save(self, folder: Path) -> None:
         """Write `diagnostics.json` and `diagnostics.png` into a folder. Raises InputError where they cannot be written."""
@@ -269,7 +269,7 @@ def _staleness(stored: Tensor, present: Tensor) -> dict[str, float]:
 
 
 PANELS = {
-    "angle": "angle of the update to the true gradient; above 90 degrees a step goes uphill",
+    "angle": "angle of the update to the true gradient, degrees;\nabove 90 a step goes uphill",
     "weights_angle": "angle of -B to the weights behind it, degrees",
     "norm_ratio": "norm of the update over that of the gradient",
     "rank": "effective rank of the error signal",
@@ -305,7 +305,7 @@ def draw(records: list[Record], path: Path) -> None:
             if any(value is not None for value in line):
                 values = [math.nan if value is None else value for value in line]
                 colour = colormaps["viridis"](position / max(stages - 1, 1) * 0.9)
-                label = f"stage {position}" if position in named else None
+                label = f"stage {position + 1}" if position in named else None
                 axes.plot(epochs, values, marker="o" if len(epochs) <= FEW else "", ms=3, color=colour, label=label)
                 drawn += [value for value in values if math.isfinite(value)]
         if "angle" in name:
@@ -328,7 +328,7 @@ def summary_lines(diagnostics: Diagnostics) -> list[str]:
         return []
     last = diagnostics.records[-1]
     angles = [f"{s['angle']:.0f}" for s in last["stages"] if s.get("angle") is not None]
-    uphill = [str(number) for number, s in enumerate(last["stages"]) if (s.get("angle") or 0) > 90]
+    uphill = [str(number) for number, s in enumerate(last["stages"], 1) if (s.get("angle") or 0) > 90]
     told = f" (above 90 a step goes uphill, as in stage {', '.join(uphill)})" if uphill else " (below 90: downhill)"
     lines = [f"angle of the update to the true gradient, by stage, degrees: {', '.join(angles)}{told}"] if angles else []
     if not can_draw():

@@ -7,8 +7,10 @@ All are known without torch, which is imported by what looks at the values.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,6 +73,14 @@ def layer_sizes(text: str) -> list[int]:
     return [int(found[1])] * int(found[2] or 1)
 
 
+def utf8(typed: str) -> str:
+    """What was typed, read as UTF-8 where the locale is a narrower one; paths stay as they are, for they are opened by it."""
+    try:
+        return os.fsencode(typed).decode()
+    except UnicodeError:
+        return typed
+
+
 def make_parser() -> Parser:
     """All options, in groups."""
     parser = Parser(
@@ -117,9 +127,10 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="size of the part of the training split to test on; default: 0.2, drawn by the seed; of a text the last 0.1",
     )
-    add("--target", metavar="COLUMN", help="column to predict (several, with commas, in regression); default: by type and name")
-    add("--features", nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
-    add("--image", metavar="COLUMN", help="column of images; default: by type")
+    targets = "column to predict (several, with commas, in regression); default: by type and name"
+    add("--target", type=utf8, metavar="COLUMN", help=targets)
+    add("--features", type=utf8, nargs="+", metavar="COLUMN", help="columns to predict from; default: all others")
+    add("--image", type=utf8, metavar="COLUMN", help="column of images; default: by type")
     add("--image-size", type=int, metavar="N", help="resize all images to N x N pixels; default: they have one size")
     add(
         "--task",
@@ -278,7 +289,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--sample", metavar="FOLDER", help="write text from the language model in a run's folder, and stop")
     add("--tokens", type=int, metavar="N", help=f"number of tokens of a sample, also of that after training; default: {TOKENS}")
-    add("--prompt", metavar="TEXT", help="what a sample begins with; default: a line break")
+    add("--prompt", type=utf8, metavar="TEXT", help="what a sample begins with; default: a line break")
     add(
         "--temperature",
         type=float,
@@ -455,11 +466,24 @@ def read_options(path: Path) -> dict[str, object]:
     if path.suffix == ".json":
         return vars(from_json(read_object(path).get("options"))) | {"output_dir": None}
     content = read_toml(path)
-    form = {"title": STRING, "source": STRING, "note": STRING, "data": Fields({}, {"dataset": STRING})}
-    check(Fields({}, {**form, "options": ANY_OBJECT}), content, f"{str(path)!r}: it")
+    form = {"title": STRING, "source": STRING, "note": STRING, "data": ANY_OBJECT, "options": ANY_OBJECT}
+    for name, value in content.items():
+        if name not in form:
+            what = f"[{name}]" if isinstance(value, dict) else name
+            raise InputError(
+                f"{str(path)!r}: {what} is not below [options], where all options belong; allowed: {', '.join(form)}"
+            )
+    check(Fields({}, form), content, f"{str(path)!r}: it")
+    if others := sorted(content.get("data", {}).keys() - {"dataset"}):
+        raise InputError(f"{str(path)!r}: [data] holds {others[0]}; allowed: dataset; all other options belong below [options]")
     found = {**content.get("data", {}), **content.get("options", {})}
     if others := sorted(found.keys() & HERE):
         raise InputError(f"{str(path)!r}: {others[0]} is for the command line only")
+    known = stored_options().may
+    if others := [name for name in found if name not in known]:
+        meant = get_close_matches(others[0].replace("-", "_"), known, 1)
+        hint = f"did you mean {meant[0]}?" if meant else "names are those of --help, with underscores"
+        raise InputError(f"{str(path)!r}: [options] holds {others[0]!r}, which is no option; {hint}")
     check(stored_options(), found, f"{str(path)!r}: options")
     return found
 

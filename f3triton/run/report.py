@@ -40,14 +40,23 @@ def report(summary: Mapping[str, object], folder: RunFolder, targets: tuple[str,
             rows.append(
                 (run["method"], shown.format(run[found]), "" if size is None else readable_bytes(size), f"{speed or 0:,.0f}")
             )
+        if (guess := summary["guess"]) is not None:
+            answer = guess["answer"] if len(guess["answer"]) <= 30 else f"{guess['answer'][:27]}..."
+            rows.append((answer, shown.format(guess[found]), "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [
-            f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            (row[0].ljust(widths[0]) + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))).rstrip()
             for row in rows
         ]
+        if guess is not None and summary[found] >= guess[found]:
+            also = "" if summary["method"] in ("bp", "local") else ", --method local or bp"
+            lines.append(
+                f"{summary['method']} is no better than one answer to everything after {summary['steps']:,} steps; to try: "
+                f"more --epochs, a smaller --batch-size, another --lr{also}"
+            )
     if summary.get("test_mse") is not None:
-        own = ", ".join(f"{name} {summary['test_mse_in_units'][name]:.4g}" for name in targets)
-        lines.append(f"the mean squared error of {summary['method']} in the target's own units: {own}")
+        own = ", ".join(_in_units(name, summary) for name in targets)
+        lines.append(f"root mean squared error of {summary['method']} in the target's own units: {own}")
     if summary.get("test_perplexity") is not None:
         lines.append(
             f"{summary['method']}: {summary['test_loss']:.4f} nats a token, perplexity {summary['test_perplexity']:.2f}"
@@ -67,3 +76,12 @@ def report(summary: Mapping[str, object], folder: RunFolder, targets: tuple[str,
         )
         lines.append(f"next: {own}; --hidden 500x10, deeper at the same activations of f3; which method when: docs/methods.md")
     return lines
+
+
+def _in_units(name: str, summary: Mapping[str, object]) -> str:
+    """A target's root mean squared error, beside that of its training mean."""
+    mse, guess = summary["test_mse_in_units"][name], summary["guess"]
+    told = f"{name} {mse**0.5:.4g}"
+    if guess is None or not (plain := guess["test_mse_in_units"][name]):
+        return told
+    return f"{told} (always the training mean: {plain**0.5:.4g}; R2 {1 - mse / plain:.2f})"

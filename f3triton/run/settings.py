@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..base.choices import check_word, plain
 from ..base.exceptions import InputError
+from ..base.text import typed
 from ..base.words import (
     AUGMENTATIONS,
     AUTO_BATCHES,
@@ -220,7 +221,7 @@ class Settings:
             object.__setattr__(self, one.name, check_word(one.name.replace("_", " "), value, choices, also))
         for name, value in (("batch size", self.batch_size), ("eval batch size", self.eval_batch_size)):
             if not isinstance(value, int) or not 1 <= value < 1 << 31:
-                raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {value!r}")
+                raise InputError(f"{name} must be a whole number of at least 1 and below 2^31, got {typed(value)}")
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
             raise InputError(f"patience must be a whole number of at least 1, got {self.patience!r}")
         limit = self.clip_norm

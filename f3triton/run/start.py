@@ -13,6 +13,7 @@ from pathlib import Path
 from ..base.exceptions import InputError
 from ..data import Dataset
 from ..data.identity import identity
+from ..data.sources import READERS
 from ..distributed.mesh import processes
 from ..error_store import check_home, is_folder, remove_store
 from ..learn.signal import resolve_loss
@@ -115,8 +116,9 @@ class Start:
 
 
 def default_folder(options: argparse.Namespace) -> str:
-    """`runs/DATASET-METHOD-DATE-TIME`, with a number where that is there."""
-    source = options.dataset or Path(options.text).stem
+    """`runs/DATASET-METHOD-DATE-TIME`, of a file the name without folder and ending; with a number where that is there."""
+    path = Path(options.dataset or options.text)
+    source = path.stem if options.dataset is None or path.suffix.lower() in READERS else options.dataset
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-.") or "data"
     path = f"runs/{name}-{options.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     return next(found for n in count(1) if not Path(found := path + f"-{n}" * (n > 1)).exists())

@@ -16,6 +16,7 @@ from ..data.targets import LANGUAGE_MODELING
 from .console import shown
 from .dry_run import budget_of
 from .folder import RunFolder
+from .guess import guess_of
 from .records import figure_of
 from .result import FitResult
 from .trainer import Trainer
@@ -27,7 +28,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
     `test_error` is in percent wrong, `test_mse` in units of the training targets' variance, `test_mse_in_units` in the
     targets' own, the loss of a text in nats a token; `seconds` is the whole run's, `steps_per_second` counts the time of
     learning only; `peak_memory_bytes` is the device's where it is a GPU, else the whole process's; `activation_bytes` is what a
-    step's activations need by arithmetic, as in `--dry-run`.
+    step's activations need by arithmetic, as in `--dry-run`; `guess` has the test figures of one answer to everything.
     """
     last = result.history[-1] if result.history else {}
     best = result.best or {}
@@ -52,6 +53,7 @@ def summarise(trainer: Trainer, train: Dataset, test: Dataset, result: FitResult
         f"best_{figure}": best.get(figure),
         "best_epoch": best.get("epoch"),
         "best": {key: value for key, value in best.items() if key.startswith("test_")} or None,
+        "guess": guess_of(train, test),
         "exits": None if result.status == "diverged" else exits_of(trainer, test, figure),
         "workers": result.workers or None,
         "seconds": round(seconds, 3),
@@ -97,8 +99,9 @@ def write_summary(
     folder.mend(None if trainer.result.status == "diverged" else trainer.model)
     folder.write_json("summary.json", summary)
     figure, label = _figure_of(data[0])
+    keys = {"train": "train_loss" if figure == "mse" else f"train_{figure}", "test": f"test_{figure}"}
     curves = {
-        f"{method}, {part}": [(r["epoch"], r[f"{part}_{figure}"]) for r in history if f"{part}_{figure}" in r]
+        f"{method}, {part}": [(r["epoch"], r[key]) for r in history if (key := keys[part]) in r]
         for method, history in runs.items()
         for part in ("train", "test")
     }

@@ -23,6 +23,7 @@ from ..base.choices import check_word
 from ..base.data import Visit
 from ..base.exceptions import InputError
 from ..base.seeds import derived_seed, sample_order
+from ..base.text import typed
 from ..base.words import AUTO_BATCHES, DEFAULT_VISITS, FIRST_VISITS, ORDERS
 from .order import Order
 
@@ -83,10 +84,12 @@ def resolve_windows(
         check_word("window", window, ("auto", "off"), "or a number of samples")
         window = AUTO_BATCHES * batch_size
     if not isinstance(window, int) or window < batch_size:
-        raise InputError(f"window must be a whole number of at least the batch size {batch_size}, auto or off, got {window!r}")
+        raise InputError(
+            f"window must be a whole number of at least the batch size {batch_size}, auto or off, got {typed(window)}"
+        )
     visits = DEFAULT_VISITS if visits is None else visits
     if not isinstance(visits, int) or visits < 2:
-        raise InputError(f"visits must be a whole number of at least 2, got {visits!r}")
+        raise InputError(f"visits must be a whole number of at least 2, got {typed(visits)}")
     if first_visit is not None and not delayed:
         raise InputError(f"first visit {first_visit!r} has no effect where no error is kept between visits; leave it out")
     order = check_word("window order", order or "one", ORDERS)
@@ -96,7 +99,7 @@ def resolve_windows(
 def check_epochs(epochs: int, windows: Windows | None) -> None:
     """Raise InputError where the epochs are no whole number of passes: some samples would have fewer visits than others."""
     if not isinstance(epochs, int) or epochs < 1:
-        raise InputError(f"epochs must be a whole number of at least 1, got {epochs!r}")
+        raise InputError(f"epochs must be a whole number of at least 1, got {typed(epochs)}")
     if windows is not None and epochs % windows.visits:
         raise InputError(
             f"epochs count sample visits, and in a pass over the data set every sample has {windows.visits}; "
