@@ -69,7 +69,7 @@ def _project(error, feedback, rows, columns, width, error_row, feedback_row, fir
 
 
 @triton.jit
-def _place(program, blocks_a, blocks_b, GROUP: tl.constexpr):
+def _place(blocks_a, blocks_b, GROUP: tl.constexpr, program):
     """A program's tile `(a, b)`: runs of GROUP along a for each b, so that what neighbours read is still in the cache."""
     first = program // (GROUP * blocks_b) * GROUP
     size = tl.minimum(blocks_a - first, GROUP)
@@ -93,7 +93,7 @@ def forward(
     outputs, feedback_row = outputs * OUTPUTS_UNIT, feedback_row * OUTPUTS_UNIT
     inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
     width, error_row = width * WIDTH_UNIT, error_row * WIDTH_UNIT
-    block_m, block_n = _place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8)
+    block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8, tl.program_id(0))
     m0, n0 = block_m.to(tl.int64) * ROWS, block_n.to(tl.int64) * OUTPUTS
     rows, columns = rows - block_m * ROWS, outputs - block_n * OUTPUTS  # what is left from this corner on
     m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
@@ -163,7 +163,7 @@ def update(
     else:
         rate, count = 0.0, tl.full((), 0, tl.int64)  # what a loop sets is known after it only if it was before
     for turn in tl.range(0, turns, flatten=PERSISTENT):
-        block_n, block_k = _place(program + turn * programs, blocks_n, blocks_k, 8)
+        block_n, block_k = _place(blocks_n, blocks_k, 8, program + turn * programs)
         n0, k0 = block_n.to(tl.int64) * OUTPUTS, block_k.to(tl.int64) * INPUTS
         n, k, m = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
         own, columns = n < outputs - block_n * OUTPUTS, k < inputs - block_k * INPUTS
@@ -207,7 +207,7 @@ def update(
                       SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
     if HAS_BIAS:
         for turn in tl.range(0, turns):
-            block_n, block_k = _place(program + turn * programs, blocks_n, blocks_k, 8)
+            block_n, block_k = _place(blocks_n, blocks_k, 8, program + turn * programs)
             if block_k == 0:
                 n0 = block_n.to(tl.int64) * OUTPUTS
                 n, m = tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
