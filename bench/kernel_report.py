@@ -88,6 +88,7 @@ class Case:
     output: tuple[str, str, str] = ("cross-entropy", "delayed-error", "auto")
     norm: bool = True  # of a head
     moments: str = "float32"  # bfloat16, int8: rounded stochastically
+    persistent: int = 0  # programs a multiprocessor that share all tiles
 
     @property
     def name(self) -> str:
@@ -103,7 +104,7 @@ class Case:
             words.append(self.output[0])
         if self.operation == "head":
             words += [self.output[0], "norm" * self.norm]
-        return " ".join(filter(None, [*words, "roomy" * self.roomy]))
+        return " ".join(filter(None, [*words, "roomy" * self.roomy, "persistent" * self.persistent]))
 
 
 def twin(case: Case) -> Case:
@@ -135,6 +136,8 @@ def cases() -> list[Case]:
     found += large + [twin(case) for case in large] + [replace(case, weight="bf16") for case in large]
     found += [Case("update", (256, 500, 500, 1), "bf16", weight="bf16")]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
+    size = 4096, 4096, 4096, 1
+    found += [Case("update", size, "bf16", rule, roomy=True, persistent=1) for rule in ("sgd", "adam")]
     for feedback in ("float32", "int8", "trinomial", "uniform"):  # many classes: more columns of the error at a time
         for size in ((16, 784, 4100, 1000), (50, 784, 500, 1000), (1024, 500, 500, 1000)):
             for activation in ("tanh", "gelu"):
@@ -183,6 +186,7 @@ class Launch:
         names = ("ROWS", "OUTPUTS", "INPUTS", "COLUMNS", "BLOCK")
         blocks = [value for name, value in self.arguments.items() if name in names]
         slices = f" {self.arguments['SLICES']} slices" if self.arguments.get("SLICES", 1) > 1 else ""
+        slices += " persistent" * self.arguments.get("PERSISTENT", False)
         return f"{'x'.join(map(str, blocks))} {self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s{slices}"
 
 
@@ -236,7 +240,8 @@ def launch_of(case: Case) -> Launch:
     update = Update(
         rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None
     )
-    chosen = triton_ops._roomy, triton_ops._multiprocessors
+    chosen = triton_ops._roomy, triton_ops._multiprocessors, tiles.update_tile
+    tiles.update_tile = lambda *about: replace(chosen[2](*about), persistent=case.persistent)
     triton_ops._roomy = lambda device: case.roomy
     triton_ops._multiprocessors = lambda device: MULTIPROCESSORS if case.roomy else 108  # of an H100; of an A100
     try:
@@ -267,7 +272,7 @@ def launch_of(case: Case) -> Launch:
                 loss, source, link = case.output
                 triton_ops.output_step(error, error, loss, source, link)
     finally:
-        triton_ops._roomy, triton_ops._multiprocessors = chosen
+        triton_ops._roomy, triton_ops._multiprocessors, tiles.update_tile = chosen
     return made[0]  # the update of a head is a case of its own
 
 

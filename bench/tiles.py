@@ -34,6 +34,11 @@ UPDATE = [
     Tile((64, 256, 64), 8, 3, 8), Tile((32, 128, 64), 4, 4, 4), Tile((32, 64, 64), 4, 4, 2), Tile((64, 64, 32), 4, 3, 2),
     Tile((32, 128, 32), 4, 3, 2), Tile((128, 128, 64), 8, 3, 2),
 ]  # fmt: skip
+# many rows: the rule while the next tile's operands are fetched, or while another program of the multiprocessor multiplies
+HIDDEN = [
+    Tile((128, 128, 64), 8, 4, 4, 1), Tile((128, 256, 64), 8, 3, 8, 1), Tile((64, 128, 64), 4, 4, 4, 2),
+    Tile((128, 128, 64), 4, 3, 8),
+]  # fmt: skip
 SMALL_UPDATE = [
     Tile((32, 32, 32), 4, 3), Tile((32, 64, 32), 4, 3), Tile((16, 64, 32), 4, 3), Tile((16, 32, 64), 4, 2),
     Tile((32, 32, 64), 4, 2), Tile((64, 64, 32), 8, 4),
@@ -51,6 +56,7 @@ def jobs(quick: bool = False) -> list[Job]:
     if quick:
         return [("update", "Adam", SMALL, SMALL_UPDATE[0]), ("forward", "SGD", SMALL, FORWARD[1])]
     found = [("update", rule, size, tile) for rule in RULES for size in SIZES for tile in UPDATE]
+    found += [("update", rule, size, tile) for rule in RULES for size in SIZES[-2:] for tile in HIDDEN]
     found += [("update", rule, SMALL, tile) for rule in RULES for tile in SMALL_UPDATE]
     return found + [("forward", "SGD", size, tile) for size in (SMALL, *SIZES[:2]) for tile in FORWARD]
 
@@ -105,6 +111,7 @@ def rows_of(found: dict[Job, float], ceiling: dict[str, dict[str, float]]) -> li
         more = {"peers": f"{word}, {rule}", "size": shape, "chosen": tile == chosen(operation, RULES[rule], size)}
         more["share_of_bound"] = round(bound / microseconds, 3)
         name = f"{'x'.join(map(str, tile.blocks))} {tile.warps} warps, {tile.stages} stages, {tile.slices} slices"
+        name += f", {tile.persistent} programs a multiprocessor share all" if tile.persistent else ""
         rows.append(row(name, part, "us", microseconds, part=part, **more))
     return rows
 

@@ -69,9 +69,8 @@ def _project(error, feedback, rows, columns, width, error_row, feedback_row, fir
 
 
 @triton.jit
-def _place(blocks_a, blocks_b, GROUP: tl.constexpr):
-    """This program's tile `(a, b)`: runs of GROUP along a for each b, so that what neighbours read is still in the cache."""
-    program = tl.program_id(0)
+def _place(blocks_a, blocks_b, GROUP: tl.constexpr, program):
+    """A program's tile `(a, b)`: runs of GROUP along a for each b, so that what neighbours read is still in the cache."""
     first = program // (GROUP * blocks_b) * GROUP
     size = tl.minimum(blocks_a - first, GROUP)
     within = program % (GROUP * blocks_b)
@@ -94,7 +93,7 @@ def forward(
     outputs, feedback_row = outputs * OUTPUTS_UNIT, feedback_row * OUTPUTS_UNIT
     inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
     width, error_row = width * WIDTH_UNIT, error_row * WIDTH_UNIT
-    block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8)
+    block_m, block_n = _place(tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS), 8, tl.program_id(0))
     m0, n0 = block_m.to(tl.int64) * ROWS, block_n.to(tl.int64) * OUTPUTS
     rows, columns = rows - block_m * ROWS, outputs - block_n * OUTPUTS  # what is left from this corner on
     m, n, k = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, INPUTS)
@@ -143,69 +142,88 @@ def update(
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
     LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
     OUTPUTS_UNIT: tl.constexpr, INPUTS_UNIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients take their places.
 
-    The first column of programs also sums `delta` for the bias, in a loop of its own: in the products' loop the sum would
-    hold those tiles in registers, which only the tensor cores should see. Tiles are added up and summed once at the end: a sum
-    in the loop is more work, and Triton before 3.9 does not compile it.
+    A program has one tile; with PERSISTENT every `programs`-th, in one loop with their products: the operands of the next tile
+    are on their way while the rule goes over this one. Without, the loops over tiles have one turn, and leave no trace.
+
+    Whoever has a tile of the first column also sums `delta` for the bias, in a loop of its own: in the products' loop the sum
+    would hold those tiles in registers, which only the tensor cores should see. Tiles are added up and summed once at the end:
+    a sum in the loop is more work, and Triton before 3.9 does not compile it.
     """
     outputs, delta_row = outputs * OUTPUTS_UNIT, delta_row * OUTPUTS_UNIT
     inputs, x_row = inputs * INPUTS_UNIT, x_row * INPUTS_UNIT
-    block_n, block_k = _place(tl.cdiv(outputs, OUTPUTS), tl.cdiv(inputs, INPUTS), 8)
-    n0, k0 = block_n.to(tl.int64) * OUTPUTS, block_k.to(tl.int64) * INPUTS
-    n, k, m = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
-    own, columns = n < outputs - block_n * OUTPUTS, k < inputs - block_k * INPUTS
-    delta += n0
-    x += k0
-    delta_offset = n[:, None] + m[None, :] * delta_row
-    x_offset = m[:, None] * x_row + k[None, :]
-    tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
-    delta_here = delta
-    for start in range(0, rows, ROWS):
-        left = _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], DTYPE)
-        right = _load(x + x_offset, (m < rows - start)[:, None] & columns[None, :], DTYPE)
-        tile = tl.dot(left, right, tile, input_precision=PRECISION)
-        delta_here += ROWS * delta_row
-        x += ROWS * x_row
-    rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
-    if KEEP_GRADIENT:
-        inside = own[:, None] & columns[None, :]
-        tl.store(weight + n0 * inputs + k0 + n[:, None] * inputs + k[None, :], tile.to(weight.dtype.element_ty), mask=inside)
+    blocks_n, blocks_k = tl.cdiv(outputs, OUTPUTS), tl.cdiv(inputs, INPUTS)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    turns = tl.cdiv(blocks_n * blocks_k - program, programs) if PERSISTENT else 1
+    if PERSISTENT:
+        rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
     else:
-        WIDE: tl.constexpr = INPUTS // SLICES
-        parts = (tile,)
-        if SLICES > 1:
-            parts = _halves(tile)
-        if SLICES > 2:
-            parts = _halves(parts[0]) + _halves(parts[1])
-        if SLICES > 4:
-            parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
-        row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, WIDE // MOMENT_BLOCK)
-        j = tl.arange(0, WIDE)
-        for part in tl.static_range(SLICES):
-            column = block_k * INPUTS + part * WIDE
-            first = n0 * inputs + column
-            block_0 = column // MOMENT_BLOCK
-            learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow,
-                  first, n[:, None] * inputs + j[None, :], own[:, None] & (j < inputs - column)[None, :],
-                  (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
-                  own[:, None] & (block < row_blocks - block_0)[None, :],
-                  parts[part], rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
-                  SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
-    if HAS_BIAS and block_k == 0:
-        sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+        rate, count = 0.0, tl.full((), 0, tl.int64)  # what a loop sets is known after it only if it was before
+    for turn in tl.range(0, turns, flatten=PERSISTENT):
+        block_n, block_k = _place(blocks_n, blocks_k, 8, program + turn * programs)
+        n0, k0 = block_n.to(tl.int64) * OUTPUTS, block_k.to(tl.int64) * INPUTS
+        n, k, m = tl.arange(0, OUTPUTS), tl.arange(0, INPUTS), tl.arange(0, ROWS)
+        own, columns = n < outputs - block_n * OUTPUTS, k < inputs - block_k * INPUTS
+        corner, x_here = delta + n0, x + k0
+        delta_offset = n[:, None] + m[None, :] * delta_row
+        x_offset = m[:, None] * x_row + k[None, :]
+        tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+        delta_here = corner
         for start in range(0, rows, ROWS):
-            sums += _load(delta + delta_offset, own[:, None] & (m < rows - start)[None, :], tl.float32)
-            delta += ROWS * delta_row
-        total = tl.sum(sums, 1)
+            left = _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], DTYPE)
+            right = _load(x_here + x_offset, (m < rows - start)[:, None] & columns[None, :], DTYPE)
+            tile = tl.dot(left, right, tile, input_precision=PRECISION)
+            delta_here += ROWS * delta_row
+            x_here += ROWS * x_row
+        if not PERSISTENT:
+            rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
         if KEEP_GRADIENT:
-            tl.store(bias + n0 + n, total.to(bias.dtype.element_ty), mask=own)
+            inside = own[:, None] & columns[None, :]
+            gradient = weight + n0 * inputs + k0 + n[:, None] * inputs + k[None, :]
+            tl.store(gradient, tile.to(weight.dtype.element_ty), mask=inside)
         else:
-            learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
-                  rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
-                  False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
+            WIDE: tl.constexpr = INPUTS // SLICES
+            parts = (tile,)
+            if SLICES > 1:
+                parts = _halves(tile)
+            if SLICES > 2:
+                parts = _halves(parts[0]) + _halves(parts[1])
+            if SLICES > 4:
+                parts = _halves(parts[0]) + _halves(parts[1]) + _halves(parts[2]) + _halves(parts[3])
+            row_blocks, block = tl.cdiv(inputs, MOMENT_BLOCK), tl.arange(0, WIDE // MOMENT_BLOCK if WIDE > MOMENT_BLOCK else 1)
+            j = tl.arange(0, WIDE)
+            for part in tl.static_range(SLICES):
+                column = block_k * INPUTS + part * WIDE
+                first = n0 * inputs + column
+                block_0 = column // MOMENT_BLOCK
+                learn(weight, weight_m1, weight_m2, weight_s1, weight_s2, shadow,
+                      first, n[:, None] * inputs + j[None, :], own[:, None] & (j < inputs - column)[None, :],
+                      (n0 + n)[:, None] * row_blocks + block_0 + block[None, :],
+                      own[:, None] & (block < row_blocks - block_0)[None, :],
+                      parts[part], rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, seed,
+                      SHADOW, STOCHASTIC, KIND, MOMENTUM, NESTEROV, INT8, MOMENT_BLOCK)  # fmt: skip
+    if HAS_BIAS:
+        for turn in tl.range(0, turns):
+            block_n, block_k = _place(blocks_n, blocks_k, 8, program + turn * programs)
+            if block_k == 0:
+                n0 = block_n.to(tl.int64) * OUTPUTS
+                n, m = tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
+                own, delta_here = n < outputs - block_n * OUTPUTS, delta + n0
+                delta_offset = n[:, None] + m[None, :] * delta_row
+                sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
+                for start in range(0, rows, ROWS):
+                    sums += _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], tl.float32)
+                    delta_here += ROWS * delta_row
+                total = tl.sum(sums, 1)
+                if KEEP_GRADIENT:
+                    tl.store(bias + n0 + n, total.to(bias.dtype.element_ty), mask=own)
+                else:
+                    learn(bias, bias_m1, bias_m2, bias_m1, bias_m2, bias, n0, n, own, n, own, total,
+                          rate, count, decay, rest1, rest2, eps, log_beta1, log_beta2, bias_seed,
+                          False, STOCHASTIC, KIND, MOMENTUM, NESTEROV, False, MOMENT_BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["columns", *NUMBERS])

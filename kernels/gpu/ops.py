@@ -307,14 +307,17 @@ def _launch_update(
     block_n, block_k, block_m = tile.blocks
     outputs_unit, inputs_unit = unit(outputs, delta.stride(0)), unit(inputs, x.stride(0))
     other = weight if bias is None else bias
-    kernels.update[(triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n),)](
+    programs = triton.cdiv(inputs, block_k) * triton.cdiv(outputs, block_n)
+    if tile.persistent:
+        programs = min(programs, tile.persistent * _multiprocessors(x.device))
+    kernels.update[(programs,)](
         weight, other, *_moments(weight, weight_state), *_scales(weight, weight_state), *_moments(other, bias_state), delta, x,
         weight if weight_state.shadow is None else weight_state.shadow,
         *_numbers(update, weight_state, bias_state),
         rows, outputs // outputs_unit, inputs // inputs_unit, delta.stride(0) // outputs_unit, x.stride(0) // inputs_unit,
         HAS_BIAS=bias is not None, KEEP_GRADIENT=keep_gradient, **constants,
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, DTYPE=_product_dtype(x), PRECISION=precision,
-        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, SLICES=tile.slices,
+        OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, SLICES=tile.slices, PERSISTENT=tile.persistent > 0,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -222,6 +222,31 @@ def test_an_update_goes_over_slices_of_its_tile(slices: int, moments: str, monke
         torch.testing.assert_close(got.cpu().float(), wanted.float(), rtol=1e-5, atol=1e-5 if got.is_floating_point() else 1)
 
 
+@pytest.mark.parametrize(
+    ("rule", "moments"), [("", ""), ("sgd-decay", ""), ("nesterov", "bfloat16"), ("adam", "float32"), ("adamw", "int8")]
+)
+@pytest.mark.parametrize("shape", [(5, 9, 7), (40, 70, 35)])
+def test_programs_that_share_the_tiles_change_nothing(
+    rule: str, moments: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with fewer tiles than programs and with more, of which one program has two."""
+    (rows, inputs, outputs), ends = shape, []
+    x, delta, weight, bias = on_device(random(rows, inputs), random(rows, outputs), random(outputs, inputs), random(outputs))
+    monkeypatch.setattr(ops, "_multiprocessors", lambda device: 3)
+    for persistent in (0, 1):
+        monkeypatch.setattr(tiles, "update_tile", lambda *about, p=persistent: tiles.Tile((32, 64, 32), 4, 3, 2, p))
+        if not rule:
+            ends.append(ops.outer_product(delta, x))
+            continue
+        own, w, b = RULES[rule], weight.clone(), bias.clone()
+        states = new_state(w, own, 0, torch.float16, moments or "float32"), new_state(b, own, 1)
+        for step in (1, 2):
+            ops.outer_product_update_(w, b, delta, x, *states, Update(own, own.lr, torch.tensor(step, device=DEVICE), seed=3))
+        ends.append([w, b, states[0].shadow, *states[0].moments, *states[0].scales, *states[1].moments])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_half_precision_products_with_float32_weights() -> None:
     x, weight, bias, error, feedback = case(20, 40, 24, 10)
     for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 3e-2)):
