@@ -74,7 +74,8 @@ def good() -> list[Claim]:
     mnist, images, more = means("mnist"), means("cifar10-short"), means("cifar10")
     kept = {task: memory_of(task) for task in ("mnist", "cifar10")}
     flat, conv = kept["mnist"], kept["cifar10"]
-    times = [seconds(network) for network in ("1 tanh", "1 ReLU, layer norm", "3 ReLU, layer norm")]
+    networks = ("1 tanh", "1 ReLU, layer norm", "3 ReLU, layer norm")
+    times = {cores: [seconds(network, cores) for network in networks] for cores in ("one core", "two cores")}
     return [
         Claim(
             "F3's activations and gradients do not grow with depth",
@@ -120,10 +121,12 @@ def good() -> list[Claim]:
         ),
         Claim(
             "They are at 2 % on MNIST as soon as backpropagation",
-            "seconds of one core, each at its best, local errors / backpropagation: "
-            + ", ".join(f"{one['local']:.1f} / {one['bp']:.1f}" for one in times)
-            + " (1 tanh, 1 and 3 normalised ReLU layers)",
-            all(one["local"] <= one["bp"] for one in times),
+            "1 tanh, 1 and 3 normalised ReLU layers, 3 seeds, each at its best, seconds, local errors / backpropagation: "
+            + "; ".join(
+                f"{cores} " + ", ".join(f"{one['local']:.1f} / {one['bp']:.1f}" for one in found)
+                for cores, found in times.items()
+            ),
+            all(one["local"] <= one["bp"] for found in times.values() for one in found),
             "time-to-accuracy.json",
         ),
         Claim(

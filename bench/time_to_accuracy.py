@@ -97,8 +97,8 @@ def reached(curve: list[list[float]], which: int, target: float) -> int | None:
 def forms_of(network: str, method: str) -> list[str]:
     """How a method can use a core, and two."""
     own = METHODS[method].get("method", "f3")
-    if own == "bp":
-        return [*list(FORMS)[:2], "two processes, DDP"]
+    if own == "bp":  # replicas do not draw by error
+        return [*list(FORMS)[:2], *["two processes, DDP"] * ("sampling" not in METHODS[method])]
     # of one hidden layer, which local errors teach with the last one, there is nothing to divide
     divided = own == "f3" or (own == "local" and NETWORKS[network][0] > 1)
     return [form for form, (*_, settings) in FORMS.items() if not settings or (divided and "pipeline" in settings)]
