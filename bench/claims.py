@@ -137,7 +137,7 @@ def good() -> list[Claim]:
             f" {conv['backprop']:.0f}",
             all(one["local, reach 2"] < min(one["local"] - 1, one["backprop"] + 0.5) for one in (images, more))
             and conv["local"] < conv["local, reach 2"] < conv["backprop"],
-            "local-cifar10.json",
+            "local-cifar10-short.json",
         ),
     ]
 
@@ -169,7 +169,7 @@ def not_good() -> list[Claim]:
             f" ({more['F3 in windows']:.1f}), DFA {images['DFA']:.1f} ({more['DFA']:.1f}), backpropagation"
             f" {images['backprop']:.1f} ({more['backprop']:.1f})",
             all(min(one["F3 in windows"], one["DFA"]) > one["backprop"] + 5 for one in (images, more)),
-            "local-cifar10.json",
+            "local-cifar10-short.json",
         ),
         Claim(
             "Nor language models: it does worse with four blocks than backpropagation with the first one alone",
@@ -205,7 +205,7 @@ def not_good() -> list[Claim]:
             "MiB of training, local errors / F3 in windows / backpropagation with checkpointing / without: "
             + "; ".join(f"{name} " + " / ".join(f"{kept[m]:.0f}" for m in methods) for name, kept in needs.items()),
             all(kept["local"] < kept[CHECKPOINTED] < 1.3 * kept["local"] for kept in needs.values()),
-            "local-cifar10.json",
+            "local-cifar10-short.json",
         ),
         Claim(
             "The largest model in a given memory: checkpointing, the optimizer in backward and 8-bit Adam allow as large a one",
