@@ -32,6 +32,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from f3triton.kernels import SGD, Adam, GeneratedFeedback, Update, new_state
 from f3triton.kernels.gpu import head as triton_head
@@ -89,6 +90,7 @@ class Case:
     norm: bool = True  # of a head
     moments: str = "float32"  # bfloat16, int8: rounded stochastically
     persistent: int = 0  # programs a multiprocessor that share all tiles
+    descriptors: bool = False
 
     @property
     def name(self) -> str:
@@ -104,7 +106,9 @@ class Case:
             words.append(self.output[0])
         if self.operation == "head":
             words += [self.output[0], "norm" * self.norm]
-        return " ".join(filter(None, [*words, "roomy" * self.roomy, "persistent" * self.persistent]))
+        return " ".join(
+            filter(None, [*words, "roomy" * self.roomy, "persistent" * self.persistent, "descriptors" * self.descriptors])
+        )
 
 
 def twin(case: Case) -> Case:
@@ -138,6 +142,11 @@ def cases() -> list[Case]:
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
     size = 4096, 4096, 4096, 1
     found += [Case("update", size, "bf16", rule, roomy=True, persistent=1) for rule in ("sgd", "adam")]
+    found += [
+        Case("update", (4096, 4096, 4096, 1), "bf16", rule, roomy=True, persistent=shared, descriptors=True)
+        for rule in ("sgd", "adam")
+        for shared in (0, 1)
+    ]
     for feedback in ("float32", "int8", "trinomial", "uniform"):  # many classes: more columns of the error at a time
         for size in ((16, 784, 4100, 1000), (50, 784, 500, 1000), (1024, 500, 500, 1000)):
             for activation in ("tanh", "gelu"):
@@ -187,6 +196,7 @@ class Launch:
         blocks = [value for name, value in self.arguments.items() if name in names]
         slices = f" {self.arguments['SLICES']} slices" if self.arguments.get("SLICES", 1) > 1 else ""
         slices += " persistent" * self.arguments.get("PERSISTENT", False)
+        slices += " descriptors" * (self.arguments.get("x_tiles") is not None)
         return f"{'x'.join(map(str, blocks))} {self.options.get('num_warps', 4)}w {self.options.get('num_stages', 3)}s{slices}"
 
 
@@ -241,7 +251,7 @@ def launch_of(case: Case) -> Launch:
         rule, 1e-3, tensor(dtype=torch.int64), seed=7 if case.weight == "bf16" or case.moments != "float32" else None
     )
     chosen = triton_ops._roomy, triton_ops._multiprocessors, tiles.update_tile
-    tiles.update_tile = lambda *about: replace(chosen[2](*about), persistent=case.persistent)
+    tiles.update_tile = lambda *about: replace(chosen[2](*about), persistent=case.persistent, descriptors=case.descriptors)
     triton_ops._roomy = lambda device: case.roomy
     triton_ops._multiprocessors = lambda device: MULTIPROCESSORS if case.roomy else 108  # of an H100; of an A100
     try:
@@ -285,8 +295,11 @@ def source_of(launch: Launch) -> ASTSource:
     for position, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and type(value) is int and value == 1):
+        if value is None or parameter.is_constexpr or (specialised and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
             continue
         pointer = isinstance(value, torch.Tensor)
         signature[name] = POINTERS[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"

@@ -37,7 +37,8 @@ UPDATE = [
 # many rows: the rule while the next tile's operands are fetched, or while another program of the multiprocessor multiplies
 HIDDEN = [
     Tile((128, 128, 64), 8, 4, 4, 1), Tile((128, 256, 64), 8, 3, 8, 1), Tile((64, 128, 64), 4, 4, 4, 2),
-    Tile((128, 128, 64), 4, 3, 8),
+    Tile((128, 128, 64), 4, 3, 8), Tile((128, 128, 64), 8, 4, 4, 0, True), Tile((128, 128, 64), 8, 4, 4, 1, True),
+    Tile((128, 256, 64), 8, 3, 8, 0, True), Tile((128, 256, 64), 8, 3, 8, 1, True),
 ]  # fmt: skip
 SMALL_UPDATE = [
     Tile((32, 32, 32), 4, 3), Tile((32, 64, 32), 4, 3), Tile((16, 64, 32), 4, 3), Tile((16, 32, 64), 4, 2),
@@ -112,6 +113,7 @@ def rows_of(found: dict[Job, float], ceiling: dict[str, dict[str, float]]) -> li
         more["share_of_bound"] = round(bound / microseconds, 3)
         name = f"{'x'.join(map(str, tile.blocks))} {tile.warps} warps, {tile.stages} stages, {tile.slices} slices"
         name += f", {tile.persistent} programs a multiprocessor share all" if tile.persistent else ""
+        name += ", descriptors" * tile.descriptors
         rows.append(row(name, part, "us", microseconds, part=part, **more))
     return rows
 

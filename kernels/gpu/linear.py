@@ -137,7 +137,7 @@ def _halves(tile):
 def update(
     weight, bias, weight_m1, weight_m2, weight_s1, weight_s2, bias_m1, bias_m2, delta, x, shadow,
     lr, step, decay, rest1, rest2, eps, log_beta1, log_beta2, seed, bias_seed,
-    rows, outputs, inputs, delta_row, x_row,
+    rows, outputs, inputs, delta_row, x_row, delta_tiles, x_tiles,
     HAS_BIAS: tl.constexpr, KEEP_GRADIENT: tl.constexpr, SHADOW: tl.constexpr, STOCHASTIC: tl.constexpr,
     KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, INT8: tl.constexpr, MOMENT_BLOCK: tl.constexpr,
     LR_IN_MEMORY: tl.constexpr, STEP_IN_MEMORY: tl.constexpr,
@@ -147,7 +147,8 @@ def update(
     """`W <- rule(W, delta^T x)` and `b <- rule(b, sum delta)`; or, with KEEP_GRADIENT, the two gradients take their places.
 
     A program has one tile; with PERSISTENT every `programs`-th, in one loop with their products: the operands of the next tile
-    are on their way while the rule goes over this one. Without, the loops over tiles have one turn, and leave no trace.
+    are on their way while the rule goes over this one. Without, the loops over tiles have one turn, and leave no trace. The
+    operands are fetched by address, or by the descriptors `delta_tiles` and `x_tiles`, tile by tile, where there are any.
 
     Whoever has a tile of the first column also sums `delta` for the bias, in a loop of its own: in the products' loop the sum
     would hold those tiles in registers, which only the tensor cores should see. Tiles are added up and summed once at the end:
@@ -172,12 +173,18 @@ def update(
         x_offset = m[:, None] * x_row + k[None, :]
         tile = tl.zeros((OUTPUTS, INPUTS), tl.float32)
         delta_here = corner
-        for start in range(0, rows, ROWS):
-            left = _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], DTYPE)
-            right = _load(x_here + x_offset, (m < rows - start)[:, None] & columns[None, :], DTYPE)
-            tile = tl.dot(left, right, tile, input_precision=PRECISION)
-            delta_here += ROWS * delta_row
-            x_here += ROWS * x_row
+        if x_tiles is None:
+            for start in range(0, rows, ROWS):
+                left = _load(delta_here + delta_offset, own[:, None] & (m < rows - start)[None, :], DTYPE)
+                right = _load(x_here + x_offset, (m < rows - start)[:, None] & columns[None, :], DTYPE)
+                tile = tl.dot(left, right, tile, input_precision=PRECISION)
+                delta_here += ROWS * delta_row
+                x_here += ROWS * x_row
+        else:
+            for start in range(0, rows, ROWS):  # what lies outside is read as zero
+                left = tl.trans(delta_tiles.load([start, block_n * OUTPUTS])).to(DTYPE)
+                right = x_tiles.load([start, block_k * INPUTS]).to(DTYPE)
+                tile = tl.dot(left, right, tile, input_precision=PRECISION)
         if not PERSISTENT:
             rate, count = scalar(lr, LR_IN_MEMORY), counter(step, STEP_IN_MEMORY)
         if KEEP_GRADIENT:

@@ -21,6 +21,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import eager, reference
 from ..generated import KINDS, GeneratedFeedback
@@ -131,6 +132,16 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 8 if device.type == "cpu" else 108  # tensors without memory: as an A100
+
+
+def _descriptors(tile: tiles.Tile, delta: Tensor, x: Tensor) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Of an update's operands, where its tile wants them, the device has them, and rows begin at whole copies of 16 bytes."""
+    if not tile.descriptors or any((t.data_ptr() | t.stride(0) * t.element_size()) % 16 for t in (delta, x)):
+        return None, None
+    if x.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9):
+        return None, None
+    outputs, inputs, rows = tile.blocks
+    return TensorDescriptor.from_tensor(delta, [rows, outputs]), TensorDescriptor.from_tensor(x, [rows, inputs])
 
 
 def _in_rows(name: str, tensor: Tensor) -> Tensor:
@@ -315,6 +326,7 @@ def _launch_update(
         weight if weight_state.shadow is None else weight_state.shadow,
         *_numbers(update, weight_state, bias_state),
         rows, outputs // outputs_unit, inputs // inputs_unit, delta.stride(0) // outputs_unit, x.stride(0) // inputs_unit,
+        *_descriptors(tile, delta, x),
         HAS_BIAS=bias is not None, KEEP_GRADIENT=keep_gradient, **constants,
         OUTPUTS_UNIT=outputs_unit, INPUTS_UNIT=inputs_unit, DTYPE=_product_dtype(x), PRECISION=precision,
         OUTPUTS=block_n, INPUTS=block_k, ROWS=block_m, SLICES=tile.slices, PERSISTENT=tile.persistent > 0,

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Tile:
     """Block sizes in the kernel's own order of dimensions, warps a program, pipeline stages, and, for an update, in how many
-    slices of columns the rule goes over the tile, and how many programs a multiprocessor share all tiles (0: each has one)."""
+    slices of columns the rule goes over the tile, how many programs a multiprocessor share all tiles (0: each has one), and
+    whether operands are fetched by descriptors (NVIDIA's tensor memory accelerator, from Hopper on)."""
 
     blocks: tuple[int, ...]
     warps: int
     stages: int
     slices: int = 1
     persistent: int = 0
+    descriptors: bool = False
 
 
 # (rows of x, outputs, inputs)
