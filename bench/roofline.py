@@ -15,7 +15,7 @@ nothing ever waits. It is not a forecast: latency, barriers and bank conflicts a
 Instructions are counted in the machine code (nvdisasm, which comes with Triton): in the loop of the products, by the FLOPs that
 a turn of it does, and those before the end that are in no loop, once a program. Kernels whose loops have no such products
 (`output`, `head`) are bounded by the others alone. `network` is left out: its weights stay in caches; and so are updates whose
-programs share the tiles: their products' loop has the rule in it.
+programs share the tiles (their products' loop has the rule in it) or fetch by descriptors (which waits in loops of its own).
 
 An H100 SXM5 (NVIDIA's H100 data sheet, and Hopper architecture white paper): 3.35 TB/s, 989 TFLOP/s dense in half precision, 67
 in float32 on 132 multiprocessors of 4 x 32 lanes, which makes 1.98 GHz; 65,536 registers and 227 KiB for programs a
@@ -126,7 +126,7 @@ def roofline(
     registers = -(-found["reg"] // 8) * 8 * 32 * warps
     resident = min(65536 // registers, 227 * 1024 // (found["shared_bytes"] + 1024), 64 // warps, 32)
     result = {"occupancy": round(resident * warps / 64, 2)}
-    if kernel not in OPERANDS or arguments.get("PERSISTENT"):
+    if kernel not in OPERANDS or arguments.get("PERSISTENT") or arguments.get("x_tiles") is not None:
         return result
     count = instructions(sass)
     moved, asked = bytes_of(kernel, arguments)
