@@ -30,7 +30,7 @@ EXTRAS = {
     "tanh, skips": {"residual": True},
     "ReLU, layer norm, skips": {"activation": "relu", "norm": "layer", "residual": True},
 }
-DEPTHS = (1, 2, 5, 10, 25)
+DEPTHS = (1, 2, 5, 10, 25, 50, 100)
 BATCHNORM, VIT = "ReLU, BatchNorm", "ViT"
 
 
