@@ -348,8 +348,9 @@ def flops_of(case: Case) -> int:
 
 
 def fits(case: Case, architecture: str) -> bool:
-    """Whether there is an architecture of that much shared memory: the roomy tiles are chosen only where there is room."""
-    return not case.roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY
+    """Whether an architecture has so much shared memory (roomy tiles are chosen only where there is room), and descriptors."""
+    described = architecture.startswith("sm_") and int(architecture[3:]) >= 90
+    return (not case.roomy or SHARED_LIMIT[architecture] * 1024 >= tiles.ROOMY) and (described or not case.descriptors)
 
 
 def report(case: Case, architecture: str, disassembled: bool = True) -> dict[str, object]:
