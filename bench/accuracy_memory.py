@@ -24,7 +24,7 @@ from f3triton.run.curves import COLOURS, new_figure, plain_axes, save, scale_val
 from f3triton.run.dry_run import budget_by
 
 from .common import read_result, table, where
-from .local import OWN, TASKS, Task, grouped
+from .local import OWN, grouped, task_of
 
 MIB = 2**20
 MARKERS = "os^Dv*P"
@@ -44,11 +44,6 @@ TITLES = {
 CHECKPOINTED = "backprop, checkpointing"
 PARTS = {"weights and moments": ("weights", "moments"), "feedback and errors": ("feedback", "errors")}
 PARTS["activations and gradients"] = ("activations", "gradients")
-
-
-def task_of(name: str) -> Task:
-    """The task of `bench.local`; a short one differs in its epochs."""
-    return TASKS[name.removesuffix("-short")]
 
 
 def budget(name: str, method: str) -> Budget:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .common import read_result, table
 
 CHECKPOINTED = "backprop, checkpointing"
+NETWORKS = ("1 tanh", "1 ReLU, layer norm", "3 ReLU, layer norm")  # of the time to 2 percent
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def good() -> list[Claim]:
     mnist, images, more = means("mnist"), means("cifar10-short"), means("cifar10")
     kept = {task: memory_of(task) for task in ("mnist", "cifar10")}
     flat, conv = kept["mnist"], kept["cifar10"]
-    networks = ("1 tanh", "1 ReLU, layer norm", "3 ReLU, layer norm")
-    times = {cores: [seconds(network, cores) for network in networks] for cores in ("one core", "two cores")}
+    times = {cores: [seconds(network, cores) for network in NETWORKS] for cores in ("one core", "two cores")}
     return [
         Claim(
             "F3's activations and gradients do not grow with depth",
@@ -151,7 +151,7 @@ def not_good() -> list[Claim]:
     rare, census = last(tables, "kddcup99"), last(tables, "census-income-kdd")
     largest = medians("memory-scaling-largest.json", part="largest MLP of width 512, batch 512, measured", x=4.0)
     peer = "bp-checkpoint-in-backward"
-    time = seconds("1 ReLU, layer norm")
+    times = [seconds(network) for network in NETWORKS]
     angles = [row for row in read_result("alignment.json")["rows"] if row["part"] != "ViT" and row["method"] == "f3"]
     depth = max(row["x"] for row in angles)
     one, most = ([row["median"] for row in angles if row["x"] == x] for x in (1, depth))
@@ -196,8 +196,9 @@ def not_good() -> list[Claim]:
         ),
         Claim(
             "F3 is not the way to 2 % on MNIST",
-            f"one hidden layer, seconds of one core, each at its best: F3 {time['f3']:.1f}, backpropagation {time['bp']:.1f}",
-            time["f3"] > 1.5 * time["bp"],
+            "1 tanh, 1 and 3 normalised ReLU layers, 3 seeds, each at its best, seconds of one core, F3 / backpropagation: "
+            + ", ".join((f"{one['f3']:.1f}" if "f3" in one else "not there") + f" / {one['bp']:.1f}" for one in times),
+            "f3" not in times[0] and all(one["f3"] > 1.9 * max(one["bp"], one["local"]) for one in times[1:]),
             "time-to-accuracy.json",
         ),
         Claim(
@@ -205,7 +206,7 @@ def not_good() -> list[Claim]:
             "MiB of training, local errors / F3 in windows / backpropagation with checkpointing / without: "
             + "; ".join(f"{name} " + " / ".join(f"{kept[m]:.0f}" for m in methods) for name, kept in needs.items()),
             all(kept["local"] < kept[CHECKPOINTED] < 1.3 * kept["local"] for kept in needs.values()),
-            "local-cifar10-short.json",
+            "local-cifar10.json",
         ),
         Claim(
             "The largest model in a given memory: checkpointing, the optimizer in backward and 8-bit Adam allow as large a one",

@@ -140,12 +140,11 @@ def cases() -> list[Case]:
     found += large + [twin(case) for case in large] + [replace(case, weight="bf16") for case in large]
     found += [Case("update", (256, 500, 500, 1), "bf16", weight="bf16")]
     found += [Case("elements", (1, 500, 500, 1), rule=rule, weight=w) for rule, w in (("adam", "fp32"), ("sgd", "bf16"))]
-    size = 4096, 4096, 4096, 1
-    found += [Case("update", size, "bf16", rule, roomy=True, persistent=1) for rule in ("sgd", "adam")]
+    shared = ((1, False), (0, True), (1, True))
     found += [
-        Case("update", (4096, 4096, 4096, 1), "bf16", rule, roomy=True, persistent=shared, descriptors=True)
+        Case("update", (4096, 4096, 4096, 1), "bf16", rule, roomy=True, persistent=programs, descriptors=described)
+        for programs, described in shared
         for rule in ("sgd", "adam")
-        for shared in (0, 1)
     ]
     for feedback in ("float32", "int8", "trinomial", "uniform"):  # many classes: more columns of the error at a time
         for size in ((16, 784, 4100, 1000), (50, 784, 500, 1000), (1024, 500, 500, 1000)):

@@ -272,6 +272,11 @@ def run(name: str, task: Task, place: Place, choosing: bool, epochs: int, seed: 
     }
 
 
+def task_of(name: str) -> Task:
+    """The task of a result file's name, `local-NAME.json`; a short one differs in its epochs."""
+    return TASKS[name.removesuffix("-short")]
+
+
 def grouped(runs: dict[str, dict]) -> dict[str, list[dict]]:
     """The runs that are shown, by method."""
     groups: dict[str, list[dict]] = {}

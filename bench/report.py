@@ -151,10 +151,10 @@ def vit_table() -> str:
 
 
 def local_table(task: str) -> str:
-    from .local import TASKS, show
+    from .local import show, task_of
 
     name = f"local-{task}.json"
-    return f"{show(TASKS[task.removesuffix('-short')].metric, read_result(name)['runs'])}\n\n{source(name)}"
+    return f"{show(task_of(task).metric, read_result(name)['runs'])}\n\n{source(name)}"
 
 
 def choice_table(task: str) -> str:

@@ -162,10 +162,10 @@ def rows_of(c: Chosen, data: str, target: float, speeds: Speeds) -> list[dict]:
     if not c.there:
         return rows
     two = max(rates, key=rates.get)  # which may be one core: threads cost as well
-    reached = [step for step in c.steps if step < math.inf]
+    there = [step for step in c.steps if step < math.inf]
     more = {"steps": int(statistics.median(c.steps)), "epochs": c.epochs, "lr": c.lr, "network": c.network}
     for cores, form in ((ONE, ONE), ("two cores", two)):
-        seconds = [step / rates[form] for step in reached]
+        seconds = [step / rates[form] for step in there]
         place = {"part": f"{data}, {c.network}: to {target:g} %", "form": form}
         found = row(c.method, cores, "seconds to the target", seconds, **place, **more)
         rows.append(found | {"median": float(f"{statistics.median(c.steps) / rates[form]:.6g}")})  # of all seeds

@@ -15,7 +15,6 @@ from .tables import UnusableColumnError, moments, places_of, standardise
 
 TASKS = ("auto", CLASSIFICATION, REGRESSION)
 MAX_INTEGER_CLASSES = 100  # under task "auto", an integer column with more distinct values is a regression target
-
 FEW_VALUES = 20  # whole numbers of a regression target, up to which they look like classes
 
 
